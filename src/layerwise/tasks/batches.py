@@ -1,0 +1,51 @@
+"""Calibration and evaluation batches, and how one goes through a model."""
+
+import hashlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Batch = Mapping[str, Tensor]  # keyword arguments of the model's forward
+
+
+@dataclass(frozen=True)
+class Batches(Sequence[Batch]):
+    """A fixed list of batches with where they came from; the same in every epoch and on every rank.
+
+    protocol: plain facts that belong beside every number made from this data (source, samples, length, tokens, seed, bos).
+    """
+
+    batches: tuple[Batch, ...]
+    protocol: Mapping[str, str | int | float | bool]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self.batches[index]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    @property
+    def hash(self) -> str:
+        """First 16 hex digits of sha256 over names, shapes and values of every tensor, in order."""
+        digest = hashlib.sha256()
+        for batch in self.batches:
+            for name in sorted(batch):
+                value = batch[name].detach().cpu().contiguous()
+                digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+                digest.update(value.view(torch.uint8).numpy().tobytes() if value.ndim else str(value.item()).encode())
+        return digest.hexdigest()[:16]
+
+
+def call(model: nn.Module, batch: Batch) -> object:
+    """One forward pass of the real model, KV cache off where the model knows the word. Tensors go to `model`'s device."""
+    device = next((parameter.device for parameter in model.parameters() if parameter.device.type != "meta"), None)
+    arguments = {name: value.to(device) for name, value in batch.items()}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        return model(**arguments, use_cache=False)
+    return model(**arguments)
