@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["linear", "conv1d", "conv", "experts", "embedding"]
+Kind = Literal["linear", "conv1d", "conv", "experts", "embedding", "table"]
+"""What multiplies its input, and two that do not: "embedding" is looked up; "table" is a raw parameter such as a norm's gain or a
+position table. Solvers that need input statistics have none to ask for there."""
 
 
 @dataclass(frozen=True)
