@@ -6,6 +6,7 @@ The modules in `HELD_OUT` are for evaluation alone: the embedded demo model neve
 Texts differ a little between Python versions, so perplexities compare only within one version.
 """
 
+import os
 import sysconfig
 from collections.abc import Iterator
 from importlib import import_module
@@ -36,13 +37,19 @@ def python_docs(split: Literal["calibration", "held-out"]) -> list[tuple[str, st
 
 def _sources() -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-        relative = path.relative_to(root)
-        if _SKIPPED_FOLDERS & set(relative.parts) or relative.name.startswith(_SKIPPED_FILES):
-            continue
+    for path in sorted(_modules(root), key=lambda path: path.relative_to(root).as_posix()):
         text = path.read_text(encoding="utf-8", errors="replace")
         if text.strip():
-            yield relative.as_posix(), text
+            yield path.relative_to(root).as_posix(), text
+
+
+def _modules(root: Path) -> Iterator[Path]:
+    # os.walk, not rglob: site-packages is left out before it is entered, and can be larger than all the rest
+    for folder, inner, files in os.walk(root):
+        inner[:] = [name for name in inner if name not in _SKIPPED_FOLDERS]
+        yield from (
+            Path(folder, name) for name in files if name.endswith(".py") and not name.startswith(_SKIPPED_FILES)
+        )
 
 
 def _module(name: str) -> str:
