@@ -51,6 +51,8 @@ def role_in_block(path: str, kind: Kind, modules: dict[str, nn.Module]) -> str:
     role = _by_siblings(words, set(_child_names(modules.get(parent)))) or _ROLE_OF.get(words[-1])
     if role is None:
         return "conv" if kind == "conv" else words[-1]
+    if "ff_context" in words:  # the feed-forward of the text stream where image and text run side by side
+        return f"context_{role}"
     if role in ("q", "k", "v", "qkv", "o") and any(cross in word for word in words[:-1] for cross in _CROSS):
         return f"cross_{role}"
     return role
@@ -94,7 +96,7 @@ def _by_siblings(words: list[str], siblings: Set[str]) -> str | None:
     """Names that mean different things in different places: dense, c_proj, wo, proj, net."""
     name, above = words[-1], words[-2] if len(words) > 1 else ""
     in_attention = any(part in word for word in words[-3:-1] for part in _ATTENTION)
-    if name in ("dense", "c_proj", "proj", "wo"):
+    if name in ("dense", "c_proj", "proj", "projection", "wo"):
         if in_attention and name != "wo":
             return "o"
         if name == "proj" or above in ("intermediate", "intermediate_query"):
