@@ -1,0 +1,22 @@
+"""Paused forward passes through the real model, and the input statistics collected on the way."""
+
+from .collect import Collector, SharedInput
+from .dense import collect_dense
+from .paused import Enough, Forward, Pass, PausedPasses
+from .residency import Store, at_hand
+from .statistics import Accumulator, InputStatistics, Need
+
+__all__ = [
+    "Accumulator",
+    "Collector",
+    "Enough",
+    "Forward",
+    "InputStatistics",
+    "Need",
+    "Pass",
+    "PausedPasses",
+    "SharedInput",
+    "Store",
+    "at_hand",
+    "collect_dense",
+]

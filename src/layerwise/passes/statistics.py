@@ -3,14 +3,17 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
+
+from ..errors import StatisticsError
 
 Need = Literal["none", "squares", "gram"]  # what a solver asks for; each includes the one before it
 
 
 @dataclass
 class InputStatistics:
-    """Sums over all calibration tokens (rows) that reached one matrix. Float32 or wider, finite.
+    """Sums over all calibration tokens (rows) that reached one matrix. Float32, finite.
 
     tokens: how many rows were seen; 0 for an expert that no token was routed to.
     squares: (columns,) sum of x_j^2 over tokens: column sums of squares, not divided by anything.
@@ -20,3 +23,41 @@ class InputStatistics:
     tokens: int
     squares: Tensor
     gram: Tensor | None = None
+
+    def check(self, layer: str) -> None:
+        """Raise StatisticsError naming the layer if any sum is not finite."""
+        total = self.gram if self.gram is not None else self.squares
+        if not torch.isfinite(total.sum()) and not (finite := total.isfinite()).all():
+            columns = total.shape[0] - int((finite if finite.dim() == 1 else finite.all(1)).sum())
+            raise StatisticsError(
+                f'layer "{layer}": {columns} of its {total.shape[0]} inputs are not finite on the calibration data. Look for'
+                " NaN or overflow in the blocks before it; float32 or bfloat16 overflow less than float16."
+            )
+
+
+class Accumulator:
+    """Adds up the statistics of one matrix, batch by batch, in float32 on the device where the rows are.
+
+    Sums of squares are carried over batches in float64: it costs nothing and makes the order of batches immaterial.
+    """
+
+    def __init__(self, columns: int, need: Need, device: torch.device) -> None:
+        self.tokens = 0
+        # MPS has no float64
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.squares = torch.zeros(columns, dtype=wide, device=device)
+        self.gram = torch.zeros(columns, columns, device=device) if need == "gram" else None
+
+    def add(self, rows: Tensor) -> None:
+        """rows: (tokens, columns), any floating dtype."""
+        rows = rows.float()
+        self.tokens += rows.shape[0]
+        if self.gram is not None:
+            self.gram.addmm_(rows.T, rows)
+        else:
+            self.squares += torch.linalg.vector_norm(rows, dim=0).square_()
+
+    def result(self) -> InputStatistics:
+        if self.gram is not None:
+            return InputStatistics(self.tokens, self.gram.diagonal().clone(), self.gram)
+        return InputStatistics(self.tokens, self.squares.float())

@@ -1,0 +1,67 @@
+"""Watching fused experts: several matrices in one 3-D parameter, multiplied inside one module's forward.
+
+There is no submodule to hook, so the products themselves are watched: while the watch is on, every product whose right-hand side is
+one of the watched parameters, or one expert cut out of it, reports its rows. The module's plain implementation is used meanwhile,
+since transformers' fused kernels (`grouped_mm`) hide which rows meet which expert.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+Report = Callable[[str, int, Tensor], None]  # (layer name, expert, rows (tokens, columns))
+_LINEAR = functional.linear
+_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
+_BATCHED = {torch.bmm, Tensor.bmm} | _PRODUCTS
+
+
+class ExpertsWatch(TorchFunctionMode):
+    """Calls `report` for each product with a watched weight. `weights`: layer name -> its 3-D parameter."""
+
+    def __init__(self, weights: Mapping[str, Tensor], report: Report) -> None:
+        super().__init__()
+        self.report = report
+        self.whole = {id(weight): name for name, weight in weights.items()}
+        self.cut: dict[int, tuple[Tensor, str, int]] = {}  # id -> (kept alive so that ids stay unique, layer, expert)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.__getitem__ and id(args[0]) in self.whole:
+            expert = args[1]
+            result = func(*args, **kwargs)
+            if isinstance(expert, int) or (isinstance(expert, Tensor) and expert.dim() == 0):
+                self.cut[id(result)] = (result, self.whole[id(args[0])], int(expert))
+            return result
+        if (func is _LINEAR or func in _BATCHED) and len(args) > 1:
+            rows, weight = args[0], args[1]
+            if id(weight) in self.cut:
+                _, name, expert = self.cut[id(weight)]
+                self.report(name, expert, rows.reshape(-1, rows.shape[-1]))
+            elif id(weight) in self.whole and rows.dim() == 3 and func is not _LINEAR:
+                for expert, of_expert in enumerate(rows):
+                    # every expert is handed every token here; those that were not routed to it are rows of zeros
+                    self.report(self.whole[id(weight)], expert, of_expert[of_expert.abs().amax(1) > 0])
+        return func(*args, **kwargs)
+
+
+class PlainExperts:
+    """For the duration, experts modules run their plain loop over experts."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
+        self.configs = [config for config in configs.values() if hasattr(config, "_experts_implementation")]
+
+    def __enter__(self) -> None:
+        self.before = [config._experts_implementation for config in self.configs]
+        for config in self.configs:
+            config._experts_implementation = "eager"
+
+    def __exit__(self, *exception: object) -> None:
+        for config, before in zip(self.configs, self.before, strict=True):
+            config._experts_implementation = before

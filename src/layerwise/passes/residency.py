@@ -1,0 +1,43 @@
+"""Where a block's weights are while it works: on the device for its turn, and in memory only then if they are streamed.
+
+A model whose weights are streamed carries its store as the attribute `layerwise_store`; everything that walks over blocks goes
+through `at_hand`, so it works on such a model too.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import nn
+
+
+class Store(Protocol):
+    """Holds the weights of blocks that are not in memory."""
+
+    def bring(self, block: str) -> None:
+        """Fill the block's parameters."""
+        ...
+
+    def let_go(self, block: str) -> None:
+        """Drop the block's parameters from memory; what was not kept elsewhere is read again next time."""
+        ...
+
+
+@contextmanager
+def at_hand(model: nn.Module, block: str, device: torch.device | None = None) -> Iterator[nn.Module]:
+    """The block with its weights in memory and on `device` (None: where it is). Back to where it was afterwards."""
+    store: Store | None = getattr(model, "layerwise_store", None)
+    module = model.get_submodule(block)
+    if store is not None:
+        store.bring(block)
+    home = next((parameter.device for parameter in module.parameters()), None)
+    if device is not None:
+        module.to(device)
+    try:
+        yield module
+    finally:
+        if device is not None and home is not None:
+            module.to(home)
+        if store is not None:
+            store.let_go(block)

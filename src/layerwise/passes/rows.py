@@ -1,0 +1,60 @@
+"""The rows that a layer's matrices are multiplied with: its input, flattened to (tokens, columns) for each matrix."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from ..structure import Layer
+
+Geometry = tuple[object, ...]  # two layers with one input tensor and equal geometry share their rows
+
+
+def geometry_of(module: nn.Module, layer: Layer) -> Geometry:
+    """What, besides the input tensor, decides the rows: nothing for a linear, the window for a convolution."""
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return ()
+    return (module.kernel_size, module.stride, module.padding, module.padding_mode, module.dilation, module.groups)
+
+
+def input_rows(module: nn.Module, layer: Layer, inputs: Tensor) -> Tensor:
+    """(matrices, tokens, columns): what each matrix of the layer sees; a view where possible.
+
+    For a convolution the tokens are output positions and the columns (channels of the group, kernel positions), as in the
+    layer's matrix view (im2col).
+    """
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return inputs.reshape(1, -1, layer.columns)
+    dimensions = len(module.kernel_size)
+    inputs = inputs if inputs.dim() == dimensions + 2 else inputs[None]
+    if module.padding_mode != "zeros":
+        inputs = pad(inputs, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+    else:
+        inputs = pad(inputs, _zero_padding(module))
+    for axis, (size, stride, dilation) in enumerate(
+        zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
+    ):
+        inputs = inputs.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    # now (batch, channels, *positions, *kernel)
+    batch, channels = inputs.shape[:2]
+    positions, kernel = inputs.shape[2 : 2 + dimensions], inputs.shape[2 + dimensions :]
+    grouped = inputs.reshape(batch, module.groups, channels // module.groups, positions.numel(), kernel.numel())
+    return grouped.permute(1, 0, 3, 2, 4).reshape(module.groups, batch * positions.numel(), layer.columns)
+
+
+def _zero_padding(module: nn.modules.conv._ConvNd) -> list[int]:
+    """Padding in the order that `torch.nn.functional.pad` wants: last axis first, before and after."""
+    if module.padding == "valid":
+        return [0] * (2 * len(module.kernel_size))
+    if module.padding == "same":
+        return module._reversed_padding_repeated_twice
+    sizes = cast(tuple[int, ...], module.padding)
+    return [size for one in reversed(sizes) for size in (one, one)]
+
+
+def real_tokens(rows: Tensor, inputs: Tensor, mask: Tensor | None) -> Tensor:
+    """Leave out padding: rows of (batch, length) positions whose attention mask is 0. `mask`: (batch, length) or None."""
+    if mask is None or inputs.shape[:-1] != mask.shape or rows.shape[0] != 1 or bool(mask.all()):
+        return rows
+    return rows[:, mask.reshape(-1).to(device=rows.device, dtype=torch.bool)]
