@@ -1,4 +1,5 @@
 from .batches import Batch, Batches, call
+from .images import images
 from .text import check_vocabulary, held_out, text
 
-__all__ = ["Batch", "Batches", "call", "check_vocabulary", "held_out", "text"]
+__all__ = ["Batch", "Batches", "call", "check_vocabulary", "held_out", "images", "text"]

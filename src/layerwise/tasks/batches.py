@@ -43,9 +43,19 @@ class Batches(Sequence[Batch]):
 
 
 def call(model: nn.Module, batch: Batch) -> object:
-    """One forward pass of the real model, KV cache off where the model knows the word. Tensors go to `model`'s device."""
+    """One forward pass of the real model, KV cache off where the model knows the word. Tensors go to `model`'s device.
+
+    A plain module whose `forward` does not know the names in the batch gets `labels` left out and the one tensor that remains
+    as its first argument, so that image batches go through any network.
+    """
     device = next((parameter.device for parameter in model.parameters() if parameter.device.type != "meta"), None)
     arguments = {name: value.to(device) for name, value in batch.items()}
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    parameters = inspect.signature(model.forward).parameters
+    if "use_cache" in parameters:
         return model(**arguments, use_cache=False)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return model(**arguments)
+    arguments = {name: value for name, value in arguments.items() if name in parameters or name != "labels"}
+    if len(arguments) == 1 and arguments.keys().isdisjoint(parameters):
+        return model(*arguments.values())
     return model(**arguments)
