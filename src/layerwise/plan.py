@@ -6,6 +6,7 @@ with `name`, `size`, `rows`, `columns`) and lists every problem, not only the fi
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -249,6 +250,11 @@ class Plan(_Record):
             f"plan: the layers give sparsity {got / total:.6f} ({got} zeros), the budget says {self.budget.sparsity:g} ({wanted})."
             f" Change the layers, or set budget.sparsity to {got / total:.6f}."
         ]
+
+    @property
+    def fingerprint(self) -> str:
+        """ "sha256:..." of the YAML text: equal for equal plans."""
+        return f"sha256:{hashlib.sha256(self.to_yaml().encode()).hexdigest()}"
 
     def save(self, path: str | Path) -> None:
         """Write YAML, or JSON for a name that ends in .json; whole or not at all."""

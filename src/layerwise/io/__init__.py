@@ -1,5 +1,24 @@
 """Models and tokenizers in and out of folders, in stock formats; what is saved is checked in a fresh process."""
 
 from .load import check_finite, load, load_into, load_tokenizer
+from .places import model_folder
+from .save import Saved, SavedReport, needed_bytes, save, saved_report
+from .verify import Verified
+from .weights import count_zeros
+from .whole import check_output
 
-__all__ = ["check_finite", "load", "load_into", "load_tokenizer"]
+__all__ = [
+    "Saved",
+    "SavedReport",
+    "Verified",
+    "check_finite",
+    "check_output",
+    "count_zeros",
+    "load",
+    "load_into",
+    "load_tokenizer",
+    "model_folder",
+    "needed_bytes",
+    "save",
+    "saved_report",
+]

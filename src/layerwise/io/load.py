@@ -48,7 +48,7 @@ def load_tokenizer(name: str | Path, *, remote_code: bool = False) -> Any:
     ):
         raise ModelError(f"{folder}: no tokenizer in it. Put tokenizer.json and tokenizer_config.json there.")
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
     except Exception as error:  # whatever the tokenizer's own code raises on bad files
         raise ModelError(f"{folder}: its tokenizer cannot be read: {_line(error)}") from error
@@ -97,7 +97,7 @@ def _build(folder: Path, loader: Loader, dtype: str | torch.dtype) -> nn.Module:
     else:
         options |= {"dtype": dtype, "trust_remote_code": loader.remote_code}
     try:
-        with _quiet():
+        with quiet():
             model, info = loader.get().from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # the library's own code, on files of others: any class may come out
         raise ModelError(f"{folder}: {loader.library} cannot build the model: {_line(error)}") from error
@@ -150,8 +150,8 @@ def _to(model: nn.Module, device: str | torch.device) -> nn.Module:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Transformers' bars and reports off for a moment: their content comes as our errors."""
+def quiet() -> Iterator[None]:
+    """Transformers' bars and reports off for a moment: what they would say comes as our errors."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

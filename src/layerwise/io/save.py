@@ -1,0 +1,183 @@
+"""Save a model as a stock folder, with the plan, the versions and the measured result beside it; checked before it appears.
+
+Written under a name beside the target, loaded back in a fresh process, and only then renamed (`whole.py`, `verify.py`).
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import LayerwiseError, ModelError, SaveError
+from ..plan import Plan
+from . import verify as checks
+from .card import card, record
+from .load import quiet
+from .places import Loader, loader_of
+from .verify import Verified
+from .weights import count_zeros, weight_files
+from .whole import check_output, is_disk_full, whole_folder
+
+
+@dataclass(frozen=True)
+class SavedReport:
+    """What the files hold, counted in them. Bytes are of the weight files alone.
+
+    before: bytes of the dense model's weight files, where they are known.
+    """
+
+    bytes: int
+    before: int | None
+    zeros: int
+    values: int  # in floating-point tensors of two or more dimensions
+
+    def lines(self) -> list[str]:
+        """In plain words: what became smaller, and what did not."""
+        share = f"{self.zeros / self.values:.1%}" if self.values else "none"
+        lines = [
+            f"Weights on disk: {self.bytes:,} bytes"
+            + (f", {self.before:,} before." if self.before is not None else "."),
+            f"Zeros counted in the files: {self.zeros:,} of {self.values:,} values in matrices ({share}).",
+        ]
+        if self.zeros and (self.before is None or self.bytes >= self.before):
+            lines.append("Zeros do not shrink this format and do not speed up a stock engine: same bytes, same speed.")
+        return lines
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A folder that was written. `verified` is None if the check was left out."""
+
+    folder: Path
+    report: SavedReport
+    verified: Verified | None
+
+    def lines(self) -> list[str]:
+        """The report, and how it was checked."""
+        checked = self.verified.words() if self.verified else "Not loaded back: the check was left out."
+        return [*self.report.lines(), checked]
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    plan: Plan | None = None,
+    result: Mapping[str, Any] | None = None,
+    force: bool = False,
+    verify: bool = True,
+    inputs: Mapping[str, Tensor] | None = None,
+    dense: str | Path | None = None,
+) -> Saved:
+    """Write `model` to `folder`: a stock transformers or diffusers folder, or plain weights for a module of another class.
+
+    result: measured figures, plain values. inputs: forward arguments for the check (default: small fixed ones). dense: the folder of
+    the model before, to state its bytes. Raises OutputError before anything is written (exists, no room, cannot be written);
+    SaveError if writing fails or the folder does not load back to the same model: then no folder appears.
+    """
+    target = check_output(folder, force=force, needed=needed_bytes(model))
+    before = sum(file.stat().st_size for file in weight_files(Path(dense))) if dense is not None else None
+    with whole_folder(target, force=force) as partial:
+        loader = _write_model(model, partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        report = saved_report(partial, before=before)
+        verified = _verified(model, partial, target, loader, inputs) if verify else None
+        saved = Saved(target, report, verified)
+        _write_records(saved, partial, plan, result, model, loader)
+    return saved
+
+
+def saved_report(folder: str | Path, *, before: int | None = None) -> SavedReport:
+    """Count bytes and zeros in the files of a saved model. Raises ModelError if it has no weights."""
+    counts = count_zeros(Path(folder)).values()
+    size = sum(file.stat().st_size for file in weight_files(Path(folder)))
+    return SavedReport(size, before, sum(zeros for zeros, _ in counts), sum(values for _, values in counts))
+
+
+def needed_bytes(model: nn.Module) -> int:
+    """About what `save` will write: every tensor once (tied ones share their memory), and 32 MiB for the rest."""
+    unique: dict[object, int] = {}
+    for name, tensor in model.state_dict().items():
+        unique[tensor.data_ptr() or name] = tensor.numel() * tensor.element_size()
+    return sum(unique.values()) + (32 << 20)
+
+
+def _write_model(model: nn.Module, folder: Path) -> Loader | None:
+    """Write config and weights; the loader that the folder promises, or None for a module of the user's own class."""
+    try:
+        write: Any = getattr(model, "save_pretrained", None)
+        if write is None:
+            from safetensors.torch import save_model
+
+            save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+            return None
+        with quiet(), _any_generation_config(model, folder):
+            write(folder)
+        return loader_of(folder, remote_code=True)
+    except LayerwiseError:
+        raise
+    except Exception as error:  # the library's own code: any class may come out
+        if is_disk_full(error):  # `whole_folder` says so
+            raise
+        raise SaveError(f"{type(model).__name__} cannot be written: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _any_generation_config(model: nn.Module, folder: Path) -> Iterator[None]:
+    """Transformers refuses to write a generation config that it calls inconsistent, though many published models have one.
+
+    The model's own is kept word for word: a default one stands in while the library writes, then the file is written over.
+    """
+    own: Any = getattr(model, "generation_config", None)
+    if own is None or not hasattr(own, "to_json_file"):
+        yield
+        return
+    model.generation_config = type(own)()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+    own.to_json_file(folder / "generation_config.json")
+
+
+def _verified(
+    model: nn.Module, partial: Path, target: Path, loader: Loader | None, inputs: Mapping[str, Tensor] | None
+) -> Verified:
+    try:
+        return (
+            checks.verify_tensors(model, partial)
+            if loader is None
+            else checks.verify(model, partial, loader, inputs=inputs)
+        )
+    except SaveError as error:  # name the folder that the user asked for
+        raise SaveError(str(error).replace(str(partial), str(target))) from error
+    except ModelError as error:
+        raise SaveError(f"{target}: what was written cannot be read back: {error}") from error
+
+
+def _write_records(
+    saved: Saved,
+    partial: Path,
+    plan: Plan | None,
+    result: Mapping[str, Any] | None,
+    model: nn.Module,
+    loader: Loader | None,
+) -> None:
+    facts = {
+        "class": type(model).__name__,
+        "loader": f"{loader.library}.{loader.class_name}" if loader else "layerwise.io.load_into",
+        "saved": asdict(saved.report),
+        "verified": asdict(saved.verified) if saved.verified else None,
+    }
+    if plan is not None:
+        plan.save(partial / "plan.yaml")
+    text = json.dumps(record(plan, result, facts), indent=1, default=str)
+    (partial / "layerwise.json").write_text(text + "\n", encoding="utf-8")
+    page = card(saved.folder.name, plan, result, saved.lines(), loader.library if loader else None)
+    (partial / "README.md").write_text(page, encoding="utf-8")

@@ -1,0 +1,124 @@
+"""Outputs that appear whole or not at all: written under a name beside the target, put on disk, then renamed."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import OutputError, SaveError
+
+_OURS = ("config.json", "layerwise.json", "model.safetensors")  # one of them: a folder that `save` may replace
+
+
+def check_output(folder: str | Path, *, force: bool = False, needed: int = 0) -> Path:
+    """The target as a path, if it can be written: call it before a long run. Creates nothing.
+
+    needed: bytes that will be written. Raises OutputError: it exists (without force), it is no model folder (with force),
+    its parent cannot be written, or the disk has too little room.
+    """
+    target = Path(folder).expanduser().absolute()
+    if not target.name:
+        raise OutputError(f'output "{folder}": give the name of a new folder.')
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        if not force:
+            raise OutputError(
+                f'output "{folder}" exists already. Give another name, or replace it: force=True (--force).'
+            )
+        if not target.is_dir() or not any((target / name).is_file() for name in _OURS):
+            raise OutputError(
+                f'output "{folder}" exists and is not a model folder, so it is not replaced. Remove it yourself.'
+            )
+    parent = next(p for p in target.parents if p.exists())  # the root exists
+    if not parent.is_dir():
+        raise OutputError(f'output "{folder}": {parent} is a file. Give a folder in a place that can be written.')
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(
+            f'output "{folder}": {parent} cannot be written. Give a folder elsewhere, or change its permissions.'
+        )
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise OutputError(
+            f'output "{folder}" needs about {_size(needed)}, {parent} has {_size(free)} free. Free {_size(needed - free)}'
+            " or give a folder on another disk."
+        )
+    return target
+
+
+@contextmanager
+def whole_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """A new folder beside `target` to write into; it becomes `target` when the block ends, and is removed if it raises.
+
+    With `force`, what was at `target` is removed only after the new folder is complete. Raises OutputError if the place cannot
+    be written, SaveError if the disk fills up on the way.
+    """
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # of a dead process that had this number
+        partial.mkdir()
+    except OSError as error:
+        raise OutputError(f'output "{target}" cannot be made: {error.strerror}. Give a folder elsewhere.') from error
+    try:
+        yield partial
+        _to_disk(partial)
+        _replace(partial, target, force)
+    except BaseException as error:  # also when interrupted: nothing half written stays
+        shutil.rmtree(partial, ignore_errors=True)
+        if is_disk_full(error):
+            free = shutil.disk_usage(target.parent).free
+            raise SaveError(
+                f'output "{target}": the disk filled up while writing ({_size(free)} free now that the part was removed).'
+                " Free some room or give a folder on another disk."
+            ) from error
+        raise
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the disk, or the user's quota, ended the writing. Safetensors says so in words only."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
+
+
+def _to_disk(folder: Path) -> None:
+    """Ask the system to write every file and the folder itself through to the disk, so that a power cut leaves no empty files."""
+    for path in [*(p for p in folder.rglob("*") if p.is_file()), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _replace(partial: Path, target: Path, force: bool) -> None:
+    if not target.exists():
+        partial.rename(target)
+        return
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if not force:
+        try:
+            target.rmdir()  # an empty folder may be filled; one that got contents meanwhile is not ours
+        except OSError as error:
+            raise OutputError(
+                f'output "{target}" appeared while working. Give another name, or force=True (--force).'
+            ) from error
+        partial.rename(target)
+        return
+    target.rename(old)
+    try:
+        partial.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _size(count: int) -> str:
+    """1234567 -> "1.2 MB" (powers of ten, as disks are sold)."""
+    value = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
