@@ -68,13 +68,15 @@ class Pass:
             self.wrote = [tensor._version for tensor in _tensors((args, kwargs))] != before
             return _to(output, home) if moved else output
 
-        return self.runner.switch(command)
+        with torch.no_grad():
+            return self.runner.switch(command)
 
     def go_on(self, output: Any) -> None:
         """Leave the block with this output and run to the next block, or to the end of the model."""
         self.outcome, self.arguments, self.forward = output, ((), {}), None
         self.block = None
-        self.runner.switch(None)
+        with torch.no_grad():
+            self.runner.switch(None)
 
 
 class PausedPasses(AbstractContextManager["PausedPasses"]):
@@ -82,7 +84,7 @@ class PausedPasses(AbstractContextManager["PausedPasses"]):
 
     Iterating yields (block name, the passes that stand there); the caller must let every one of them go on before the next.
     Where passes stand at different blocks, the block that comes first in `blocks` is next. Ends when all passes have
-    finished; leaving the context abandons what is under way and restores the model. Everything runs without gradients.
+    finished; leaving the context abandons what is under way and restores the model. Passes run without gradients.
     """
 
     def __init__(
@@ -100,8 +102,6 @@ class PausedPasses(AbstractContextManager["PausedPasses"]):
         self._by_runner: dict[greenlet, Pass] = {}
 
     def __enter__(self) -> "PausedPasses":
-        self._inference = torch.no_grad()
-        self._inference.__enter__()
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         self._restore.append(lambda: _train(training))
@@ -118,14 +118,14 @@ class PausedPasses(AbstractContextManager["PausedPasses"]):
         for undo in reversed(self._restore):
             undo()
         self.passes, self._restore, self._by_runner = [], [], {}
-        self._inference.__exit__(None, None, None)
 
     def __iter__(self) -> Iterator[tuple[str, list[Pass]]]:
         for index, batch in enumerate(self.batches):
             one = Pass(index, batch, greenlet(self._whole))
             self._by_runner[one.runner] = one
             self.passes.append(one)
-            one.runner.switch(one)
+            with torch.no_grad():
+                one.runner.switch(one)
         while waiting := [one for one in self.passes if one.block is not None]:
             name = min((one.block for one in waiting if one.block is not None), key=self.order.__getitem__)
             if name in self.done:
