@@ -60,7 +60,11 @@ def _is_unit(module: nn.Module, fewest: int) -> bool:
     """A module with a forward of its own over at least `fewest` weights that belong to its children."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or type(module).forward is nn.Module.forward:
         return False
-    return sum(1 for path, *_ in weights_in(module) if path) >= fewest
+    owners = [owner for path, owner, *_ in weights_in(module) if path]
+    if len(owners) == 2 and all(hasattr(owner, "in_features") for owner in owners):
+        # two linears that lead elsewhere are a head or a merger: there is no way round them for a residual
+        return fewest <= 2 and _returns_to_its_width(module)
+    return len(owners) >= fewest
 
 
 def _is_stage(unit: nn.Module) -> bool:

@@ -67,7 +67,7 @@ def _all_weights(model: nn.Module, blocks: dict[str, str]) -> Iterator[Layer]:
                 continue
             full = f"{path}.{own}" if path else own
             name = path if own == "weight" and path else full
-            matrices, rows, columns, transposed = matrices_of(module, own, parameter, kind)
+            matrices, rows, columns, transposed = matrices_of(module, own, parameter, kind, model)
             yield Layer(
                 name=name,
                 parameter=full,

@@ -1,6 +1,6 @@
 """What a layer does, from the names along its path. One small table of the names that architectures share."""
 
-from collections.abc import Set
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -8,17 +8,17 @@ from .parts import Kind
 from .weights import is_norm, is_router
 
 _ROLES = {
-    "q": "q_proj q query to_q wq q_lin q_b_proj query_proj",
-    "k": "k_proj k key to_k wk k_lin key_proj",
-    "v": "v_proj v value to_v wv v_lin value_proj",
-    "qkv": "qkv qkv_proj c_attn query_key_value wqkv to_qkv in_proj_weight",
-    "o": "o_proj o out_proj to_out out_lin attn_out",
+    "q": "q_proj q query to_q wq q_lin q_b_proj query_proj linear_q",
+    "k": "k_proj k key to_k wk k_lin key_proj linear_k",
+    "v": "v_proj v value to_v wv v_lin value_proj linear_v",
+    "qkv": "qkv qkv_proj c_attn query_key_value wqkv to_qkv in_proj_weight att_proj",
+    "o": "o_proj o out_proj to_out out_lin attn_out linear_out",
     "gate": "gate_proj wi_0 w1 gate",
     "up": "up_proj wi_1 w3",
-    "gate_up": "gate_up_proj gate_and_up_proj",
-    "down": "down_proj w2",
-    "fc1": "fc1 c_fc dense_h_to_4h wi linear1 lin1 linear_fc1 pwconv1 fc_in proj_mlp",
-    "fc2": "fc2 dense_4h_to_h linear2 lin2 linear_fc2 pwconv2 fc_out proj_out",
+    "gate_up": "gate_up_proj input_linear",
+    "down": "down_proj w2 output_linear",
+    "fc1": "fc1 c_fc dense_h_to_4h wi linear1 lin1 linear_fc1 pwconv1 fc_in proj_mlp dense1 intermediate_dense",
+    "fc2": "fc2 dense_4h_to_h linear2 lin2 linear_fc2 pwconv2 fc_out proj_out dense2 output_dense ffn_output",
     "context_q": "add_q_proj",
     "context_k": "add_k_proj",
     "context_v": "add_v_proj",
@@ -26,7 +26,19 @@ _ROLES = {
 }
 _ROLE_OF = {name: role for role, names in _ROLES.items() for name in names.split()}
 _ATTENTION = ("attn", "attention")  # parts of the names of attention modules
-_CROSS = ("crossattention", "cross_attn", "encdecattention", "encoder_attn", "crossattn")
+_CROSS = ("cross", "encdec", "encoder_attn")
+_AT_THE_END = (
+    "dense",
+    "c_proj",
+    "proj",
+    "projection",
+    "projection_layer",
+    "wo",
+    "output",
+)  # of attention and MLP alike
+_SEQUENCES = ("net", "ff", "ffn", "mlp", "feed_forward")  # an MLP as a list: its first weight goes up, the others down
+_WRAPPERS = ("linear", "base_layer", "convolution")  # names of the weight inside a module that has the telling name
+_ROUTERS = ("gate", "router", "wg", "shared_expert_gate")
 _SHORTCUTS = ("shortcut", "downsample", "skip")
 _HEADS = ("lm_head", "head", "classifier", "score", "fc", "embed_out", "output_projection", "decoder", "proj_out")
 _POSITIONS = ("pos_", "position", "relative_")
@@ -37,18 +49,20 @@ def role_in_block(path: str, kind: Kind, modules: dict[str, nn.Module]) -> str:
 
     modules: path -> module of the model, also of modules reached by several paths.
     """
-    module = modules.get(path)
-    parent, _, name = path.rpartition(".")
-    if role := _apart(path, kind, module):
+    if role := _apart(path, kind, modules.get(path)):
         return role
-    if (module is not None and is_router(module)) or _is_gate_of_experts(name, modules.get(parent)):
+    parts = path.split(".")
+    above = [modules[".".join(parts[:depth])] for depth in range(1, len(parts))]
+    if _routes(path, above, modules):
         return "router"
     words = [word for word in path.lower().split(".") if not word.isdigit()]
     if any(shortcut in word for word in words[-2:] for shortcut in _SHORTCUTS):
         return "shortcut"
-    if any(is_norm(modules[".".join(path.split(".")[:depth])]) for depth in range(1, path.count(".") + 1)):
+    if any(is_norm(module) for module in above):
         return "modulation"  # a linear inside an adaptive norm
-    role = _by_siblings(words, set(_child_names(modules.get(parent)))) or _ROLE_OF.get(words[-1])
+    if words[-1] in _WRAPPERS and len(words) > 1:
+        words.pop()
+    role = _by_place(words, parts[-1], modules[path.rpartition(".")[0]]) or _ROLE_OF.get(words[-1])
     if role is None:
         return "conv" if kind == "conv" else words[-1]
     if "ff_context" in words:  # the feed-forward of the text stream where image and text run side by side
@@ -81,27 +95,31 @@ def _apart(path: str, kind: Kind, module: nn.Module | None) -> str | None:
     return None
 
 
-def _is_gate_of_experts(name: str, parent: nn.Module | None) -> bool:
-    """A plain linear called gate or router beside experts; `gate` alone is half of a gated MLP elsewhere."""
-    return name in ("gate", "router", "wg", "shared_expert_gate") and any(
-        "expert" in child for child in _child_names(parent)
-    )
+def _routes(path: str, above: Sequence[nn.Module], modules: dict[str, nn.Module]) -> bool:
+    """Whether this weight sends tokens to experts: a router by class, or a plain linear called gate beside experts."""
+    if "router" in path.split(".") or any(type(module).__name__.lower().endswith("router") for module in above):
+        return True
+    if path in modules and is_router(modules[path]):
+        return True
+    beside = [name for name, _ in above[-1].named_children()] if above else []
+    return path.rpartition(".")[2] in _ROUTERS and any("expert" in name for name in beside)
 
 
-def _child_names(module: nn.Module | None) -> list[str]:
-    return [name for name, _ in module.named_children()] if module is not None else []
-
-
-def _by_siblings(words: list[str], siblings: Set[str]) -> str | None:
-    """Names that mean different things in different places: dense, c_proj, wo, proj, net."""
+def _by_place(words: Sequence[str], last: str, parent: nn.Module) -> str | None:
+    """Roles of names that mean different things in different places: dense, proj, wo, a number in a list."""
     name, above = words[-1], words[-2] if len(words) > 1 else ""
     in_attention = any(part in word for word in words[-3:-1] for part in _ATTENTION)
-    if name in ("dense", "c_proj", "proj", "projection", "wo"):
-        if in_attention and name != "wo":
-            return "o"
-        if name == "proj" or above in ("intermediate", "intermediate_query"):
-            return "fc1"
-        return "down" if siblings & {"wi_0", "w1"} else "fc2"
-    if name == "net":  # diffusers: net.0.proj, dropout, net.2
-        return "fc2"
+    if in_attention and name == "in_proj":
+        return "qkv"
+    if in_attention and name in _AT_THE_END:
+        return "o"
+    if name in ("in_proj", "out_proj") and above in _SEQUENCES:
+        return "fc1" if name == "in_proj" else "fc2"
+    if name == "proj" or above in ("intermediate", "intermediate_query"):
+        return "fc1"
+    if name in ("dense", "c_proj", "wo"):
+        gated = any(child in ("wi_0", "w1") for child, _ in parent.named_children())
+        return "down" if gated else "fc2"
+    if name in _SEQUENCES:
+        return "fc2" if last.isdigit() and int(last) > 0 else "fc1"
     return None

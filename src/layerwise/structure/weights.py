@@ -57,7 +57,9 @@ def is_router(module: nn.Module) -> bool:
     return name.endswith(("router", "gate")) and not any(True for _ in module.children())
 
 
-def matrices_of(module: nn.Module, name: str, parameter: Tensor, kind: Kind) -> tuple[int, int, int, bool]:
+def matrices_of(
+    module: nn.Module, name: str, parameter: Tensor, kind: Kind, model: nn.Module
+) -> tuple[int, int, int, bool]:
     """(matrices, rows, columns, transposed) of a weight. Raises ModelError if the order of an experts tensor is undecidable."""
     shape = tuple(parameter.shape)
     if kind == "conv1d":
@@ -66,7 +68,7 @@ def matrices_of(module: nn.Module, name: str, parameter: Tensor, kind: Kind) -> 
         groups = int(module.groups)  # type: ignore[arg-type]
         return groups, shape[0] // groups, math.prod(shape[1:]), False
     if kind == "experts":
-        transposed = _experts_transposed(module, name, parameter)
+        transposed = _experts_transposed(module, name, parameter, model)
         rows, columns = (shape[2], shape[1]) if transposed else (shape[1], shape[2])
         return shape[0], rows, columns, transposed
     return 1, math.prod(shape[:-1]), shape[-1], False
@@ -82,45 +84,43 @@ def _holds_experts(module: nn.Module, parameter: Tensor) -> bool:
     return parameter.shape[0] in counts or "expert" in type(module).__name__.lower()
 
 
-def _experts_transposed(module: nn.Module, name: str, parameter: Tensor) -> bool:
+def _experts_transposed(module: nn.Module, name: str, parameter: Tensor, model: nn.Module) -> bool:
     """Whether experts are stored (expert, inputs, outputs), as gpt-oss and Llama 4 do, not (expert, outputs, inputs).
 
-    In this order: the flag that transformers' experts decorator sets; sizes that the module states; a gated pair, whose halved
-    width shows which axis is which; the axis that equals the hidden size.
+    Square weights do not show it; then another module of the same class in the model does.
+    """
+    verdict = _transposed_by_sizes(module, name, parameter)
+    for other in model.modules():
+        if verdict is None and type(other) is type(module) and (twin := other._parameters.get(name)) is not None:
+            verdict = _transposed_by_sizes(other, name, twin)
+    if verdict is None:
+        raise ModelError(
+            f'"{name}" of {type(module).__name__}, shape {tuple(parameter.shape)}: cannot tell which axis holds the inputs of the experts.'
+            " Set module.is_transposed to True if it is stored (experts, inputs, outputs), to False if (experts, outputs, inputs)."
+        )
+    return verdict
+
+
+def _transposed_by_sizes(module: nn.Module, name: str, parameter: Tensor) -> bool | None:
+    """By the flag of transformers' experts decorator, stated sizes, a gated pair, or the hidden size; None if none of them tells.
+
+    In a gated pair the halved width shows which axis is which.
     """
     flag = getattr(module, "is_transposed", None)
     if isinstance(flag, bool):
         return flag
     first, second = int(parameter.shape[1]), int(parameter.shape[2])
-    stated = [
-        (getattr(module, out, None), getattr(module, inputs, None))
-        for out, inputs in (("output_size", "input_size"), ("out_features", "in_features"))
-    ]
+    for outputs, inputs in (("output_size", "input_size"), ("out_features", "in_features")):
+        stated = getattr(module, outputs, None), getattr(module, inputs, None)
+        if first != second and stated in ((first, second), (second, first)):
+            return stated == (second, first)
+    if (pair := _gated_pair_transposed(module)) is not None:
+        return pair
+    reads = name.startswith(_INPUT_SIDE)
     verdicts = {
-        first_is_out for first_is_out in (_order(first, second, *pair) for pair in stated) if first_is_out is not None
+        (first == hidden) is reads for hidden in _hidden_sizes(module) if (first == hidden) != (second == hidden)
     }
-    if not verdicts and (pair_order := _gated_pair_transposed(module)) is not None:
-        return pair_order
-    if not verdicts:
-        reads = name.startswith(_INPUT_SIDE)
-        for hidden in _hidden_sizes(module):
-            if (first == hidden) != (second == hidden):
-                verdicts.add((second == hidden) is reads)
-    if len(verdicts) != 1:
-        raise ModelError(
-            f'"{name}" of {type(module).__name__}, shape {tuple(parameter.shape)}: cannot tell which axis holds the inputs of the experts.'
-            " Set module.is_transposed to True if it is stored (experts, inputs, outputs), to False if (experts, outputs, inputs)."
-        )
-    return not verdicts.pop()
-
-
-def _order(first: int, second: int, outputs: object, inputs: object) -> bool | None:
-    """True if the first axis is the outputs, False if the second is, None if the stated sizes do not tell."""
-    if outputs == inputs:
-        return None
-    if (first, second) == (outputs, inputs):
-        return True
-    return False if (first, second) == (inputs, outputs) else None
+    return verdicts.pop() if len(verdicts) == 1 else None
 
 
 def _gated_pair_transposed(module: nn.Module) -> bool | None:
