@@ -77,19 +77,12 @@ def _is_stage(unit: nn.Module) -> bool:
 
 
 def _inner_lists(module: nn.Module) -> list[Sequence[nn.Module]]:
-    """The outermost lists in this module whose units are all of one class, with a norm and several weights each."""
-    lists: list[Sequence[nn.Module]] = []
-    for name, child in module.named_children():
-        if name in _EXPERTS:
-            continue
-        units = []
-        if isinstance(child, (nn.ModuleList, nn.Sequential)):
-            units = [entry for entry in child.children() if _is_unit(entry, 2) and _has_norm(entry)]
+    """The outermost lists in this module, itself included, whose units are all of one class with a norm and several weights."""
+    if isinstance(module, (nn.ModuleList, nn.Sequential)):
+        units = [entry for entry in module.children() if _is_unit(entry, 2) and _has_norm(entry)]
         if units and len({type(unit) for unit in units}) == 1:
-            lists.append(units)
-        else:
-            lists += _inner_lists(child)
-    return lists
+            return [units]
+    return [units for name, child in module.named_children() if name not in _EXPERTS for units in _inner_lists(child)]
 
 
 def _has_norm(module: nn.Module) -> bool:

@@ -20,7 +20,6 @@ _NOT_BY_DEFAULT = {
     "norm": "norm",
     "parameter": "raw parameter whose use is not known",
 }
-_BY_OWN_PATTERN = ("norm", "position", "parameter")
 
 
 def structure_of(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Structure:
@@ -118,7 +117,7 @@ def _matching(weights: Sequence[Layer], pattern: str, *, careful: bool) -> set[s
     matched = [layer for layer in weights if fnmatchcase(layer.name, pattern) or fnmatchcase(layer.parameter, pattern)]
     if not matched:
         raise SelectionError(f'pattern "{pattern}" matches no weight of the model.{_hint(weights, pattern)}')
-    plain = [layer for layer in matched if layer.role not in _BY_OWN_PATTERN]
+    plain = [layer for layer in matched if layer.kind != "table" and layer.role != "position"]
     return {layer.parameter for layer in (plain or matched if careful else matched)}
 
 

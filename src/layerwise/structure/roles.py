@@ -55,7 +55,7 @@ def role_in_block(path: str, kind: Kind, modules: dict[str, nn.Module]) -> str:
     above = [modules[".".join(parts[:depth])] for depth in range(1, len(parts))]
     if _routes(path, above, modules):
         return "router"
-    words = [word for word in path.lower().split(".") if not word.isdigit()]
+    words = [word for word in path.lower().split(".") if not word.isdigit()] or [kind]
     if any(shortcut in word for word in words[-2:] for shortcut in _SHORTCUTS):
         return "shortcut"
     if any(is_norm(module) for module in above):
@@ -86,13 +86,14 @@ def role_outside(path: str, kind: Kind, modules: dict[str, nn.Module], head: nn.
 
 def _apart(path: str, kind: Kind, module: nn.Module | None) -> str | None:
     """Roles of what does not multiply an input."""
-    if kind == "embedding" or kind == "table":
-        if any(part in path.rpartition(".")[2] for part in _POSITIONS):
-            return "position"
-        if kind == "embedding":
-            return "embedding"
-        return "norm" if module is not None and is_norm(module) else "parameter"
-    return None
+    if kind not in ("embedding", "table"):
+        return None
+    name = path.rpartition(".")[2]
+    if any(part in name for part in _POSITIONS):
+        return "position"
+    if kind == "embedding":
+        return "embedding"
+    return "norm" if module is not None and is_norm(module) else _ROLE_OF.get(name, "parameter")
 
 
 def _routes(path: str, above: Sequence[nn.Module], modules: dict[str, nn.Module]) -> bool:
