@@ -1,0 +1,29 @@
+from .accuracy import Accuracy, MultipleChoice, accuracy, multiple_choice
+from .divergence import Divergence, divergence
+from .evaluation import Evaluation, evaluate
+from .harness import HarnessResult, harness
+from .latency import Latency, latency
+from .memory import PeakMemory, peak_memory
+from .perplexity import Perplexity, perplexity
+from .sparsity import ZeroCount, count_zeros
+
+__all__ = [
+    "Accuracy",
+    "Divergence",
+    "Evaluation",
+    "HarnessResult",
+    "Latency",
+    "MultipleChoice",
+    "PeakMemory",
+    "Perplexity",
+    "ZeroCount",
+    "accuracy",
+    "count_zeros",
+    "divergence",
+    "evaluate",
+    "harness",
+    "latency",
+    "multiple_choice",
+    "peak_memory",
+    "perplexity",
+]

@@ -66,7 +66,7 @@ def _from_file(path: Path) -> Documents:
         texts, running = [_decode(path)], True
     if not any(text.strip() for text in texts):
         raise DataError(f"{path}: the file holds no text. Give a file with text in it.")
-    return Documents(texts, running, {"source": str(path)})
+    return Documents(texts, running, {"source": str(path), "split": "whole file"})
 
 
 def _decode(path: Path) -> str:
