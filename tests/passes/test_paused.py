@@ -2,7 +2,6 @@ import copy
 
 import pytest
 import torch
-from models import MODELS, inputs_for
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -11,6 +10,7 @@ from layerwise.passes import PausedPasses, collect_dense
 from layerwise.passes.rows import input_rows
 from layerwise.structure import as_matrices, module_of, parameter_of, structure_of
 from layerwise.tasks.batches import Batches, call
+from models import MODELS, inputs_for
 
 
 def plain(output):
@@ -51,7 +51,7 @@ def test_a_walk_that_changes_nothing_gives_the_plain_forward_bit_for_bit(name):
         assert len(got) == len(wanted) > 0
         assert all(torch.equal(a, b) for a, b in zip(got, wanted))
     with torch.no_grad():  # the model is as it was
-        assert all(torch.equal(a, b) for a, b in zip(plain(call(model, data[0])), expected[0]))
+        assert all(torch.equal(a, b) for a, b in zip(plain(call(model, data[0])), expected[0], strict=True))
     assert not any("forward" in vars(module) for module in model.modules())
 
 

@@ -1,0 +1,8 @@
+"""The one walk over a model: statistics, solvers, the compressed block's output, checkpoints, several processes."""
+
+from .compress import Result, compress
+from .events import BlockFinished, BlockStarted, Event, LayerSolved
+from .ranks import Ranks
+from .walk import Settings, walk
+
+__all__ = ["BlockFinished", "BlockStarted", "Event", "LayerSolved", "Ranks", "Result", "Settings", "compress", "walk"]

@@ -1,6 +1,6 @@
 """What the engine tells while it works. It never prints; the caller draws bars, writes a log, or stops."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class LayerSolved:
     layer: str
     size: int
     zeros: int  # exact count in the new weight
-    error: float | None  # ||(W - W') X||^2 over ||W X||^2, both summed over calibration tokens; None where unknown
+    error: float | None = None  # ||(W - W') X||^2 over ||W X||^2, summed over calibration tokens; None where unknown
+    tokens: int | None = None  # calibration tokens that reached it (the fewest over its experts); None without data
     notes: tuple[str, ...] = ()
 
 
@@ -30,7 +31,7 @@ class BlockFinished:
     block: str
     index: int
     total: int
-    seconds: float
+    seconds: dict[str, float] = field(default_factory=dict)  # collect, solve, propagate
     resumed: bool = False  # taken from the work folder, not solved again
 
 

@@ -3,7 +3,7 @@
 from .collect import Collector, SharedInput
 from .dense import collect_dense
 from .paused import Enough, Forward, Pass, PausedPasses
-from .residency import Store, at_hand
+from .residency import Store, at_hand, store_of
 from .statistics import Accumulator, InputStatistics, Need
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "Store",
     "at_hand",
     "collect_dense",
+    "store_of",
 ]

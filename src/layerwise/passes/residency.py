@@ -6,6 +6,7 @@ through `at_hand`, so it works on such a model too.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -13,7 +14,9 @@ from torch import nn
 
 
 class Store(Protocol):
-    """Holds the weights of blocks that are not in memory."""
+    """Holds the weights of blocks that are not in memory. `fingerprint` tells one set of weights from another."""
+
+    fingerprint: str
 
     def bring(self, block: str) -> None:
         """Fill the block's parameters."""
@@ -23,11 +26,21 @@ class Store(Protocol):
         """Drop the block's parameters from memory; what was not kept elsewhere is read again next time."""
         ...
 
+    def replace(self, block: str, file: Path) -> None:
+        """From now on the block's weights are those of this safetensors file."""
+        ...
+
+
+def store_of(model: nn.Module) -> Store | None:
+    """The store of a streamed model; None for a model that is in memory."""
+    store: Store | None = getattr(model, "layerwise_store", None)
+    return store
+
 
 @contextmanager
 def at_hand(model: nn.Module, block: str, device: torch.device | None = None) -> Iterator[nn.Module]:
     """The block with its weights in memory and on `device` (None: where it is). Back to where it was afterwards."""
-    store: Store | None = getattr(model, "layerwise_store", None)
+    store = store_of(model)
     module = model.get_submodule(block)
     if store is not None:
         store.bring(block)

@@ -1,0 +1,76 @@
+"""`compress`: the walk, taken to its end, with what came of it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from ..passes import Forward
+from ..plan import Plan
+from ..solvers.base import Solver
+from ..structure import Structure
+from ..tasks.batches import Batches, call
+from .events import BlockFinished, Event, LayerSolved
+from .walk import Settings, walk
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a walk did. `seconds`: collect, solve, propagate, and total wall time."""
+
+    layers: tuple[LayerSolved, ...]
+    seconds: dict[str, float]
+    solver: dict[str, Any]
+    data: dict[str, Any]
+
+    @property
+    def zeros(self) -> int:
+        """Weights that are zero in the layers that were solved."""
+        return sum(layer.zeros for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Zeros over weights of the layers that were solved; 0.0 if there were none."""
+        return self.zeros / size if (size := sum(layer.size for layer in self.layers)) else 0.0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know: fallbacks, raised dampings, experts without tokens; with the layer's name."""
+        return tuple(f"{layer.layer}: {note}" for layer in self.layers for note in layer.notes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "zeros": self.zeros, "sparsity": self.sparsity, "notes": list(self.notes)}
+
+
+def compress(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    solver: Solver,
+    data: Batches | None = None,
+    settings: Settings | None = None,
+    structure: Structure | None = None,
+    forward: Forward = call,
+    progress: Callable[[Event], None] | None = None,
+) -> Result:
+    """Apply the plan to the model in place, block by block. Errors as of `walk`.
+
+    data: calibration batches; a solver that looks at weights alone needs none. progress: called with every event.
+    """
+    started = time.perf_counter()
+    layers: list[LayerSolved] = []
+    seconds = {"collect": 0.0, "solve": 0.0, "propagate": 0.0}
+    for event in walk(model, plan, solver, data, settings=settings, structure=structure, forward=forward):
+        if progress is not None:
+            progress(event)
+        if isinstance(event, LayerSolved):
+            layers.append(event)
+        elif isinstance(event, BlockFinished):
+            for part, spent in event.seconds.items():
+                seconds[part] += spent
+    seconds["total"] = time.perf_counter() - started
+    facts = {**data.protocol, "hash": data.hash} if data is not None and solver.needs != "none" else {}
+    return Result(tuple(layers), seconds, {"name": solver.name, **asdict(solver)}, facts)  # type: ignore[call-overload]

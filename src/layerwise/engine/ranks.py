@@ -1,0 +1,83 @@
+"""Several processes under `torchrun`: batches are split, statistics summed, layers solved on different ranks and shared."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from ..errors import ConfigError
+from ..passes import Accumulator, Need
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers. With `size` 1 every method does nothing, at no cost."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def current(cls) -> "Ranks":
+        """The process group that is up; alone if there is none."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
+
+    @classmethod
+    def join(cls, device: torch.device | None = None) -> "Ranks":
+        """Join the group that `torchrun` describes in the environment; alone if it does not."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if device is not None and device.type == "cuda" else "gloo")
+        return cls.current()
+
+    def share_of(self, batches: Sequence[T]) -> list[T]:
+        """Every `size`-th batch, from `rank` on. Raises ConfigError if a rank would have none."""
+        if len(batches) < self.size:
+            raise ConfigError(
+                f"{self.size} processes need at least as many calibration batches; there are {len(batches)}."
+            )
+        return list(batches[self.rank :: self.size])
+
+    def add_up(self, accumulators: list[Accumulator | None], columns: int, need: Need, device: torch.device) -> None:
+        """Sum each accumulator over ranks, in place; an entry stays None only if every rank has None."""
+        if self.size == 1:
+            return
+        for index, mine in enumerate(accumulators):
+            one = mine or Accumulator(columns, need, device)
+            tokens = torch.tensor(one.tokens, device=device)
+            for sums in (tokens, one.squares if one.gram is None else one.gram):
+                dist.all_reduce(sums)
+            one.tokens = int(tokens)
+            accumulators[index] = one if one.tokens else None
+
+    def owners(self, costs: Sequence[float]) -> list[int]:
+        """Rank that solves each piece: the dearest first, to whoever has least; the same on every rank."""
+        load, owner = [0.0] * self.size, [0] * len(costs)
+        for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+            owner[index] = min(range(self.size), key=lambda rank: (load[rank], rank))
+            load[owner[index]] += costs[index]
+        return owner
+
+    def share(self, tensor: Tensor, owner: int) -> None:
+        """Overwrite `tensor` everywhere by the owner's."""
+        if self.size > 1:
+            dist.broadcast(tensor, owner)
+
+    def share_object(self, thing: T, owner: int) -> T:
+        """The owner's object on every rank: plain facts of our own making, never data from outside."""
+        if self.size == 1:
+            return thing
+        box = [thing]
+        dist.broadcast_object_list(box, owner)
+        return box[0]
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            dist.barrier()

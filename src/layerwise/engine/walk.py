@@ -1,0 +1,248 @@
+"""The walk: every block in running order gets statistics, new weights, and hands its own output on.
+
+By default a block is measured on inputs that the compressed blocks before it produce (`propagate="compressed"`): each block runs twice,
+once for statistics (up to the input of its last layer) and once with the new weights. `propagate="dense"` measures the untouched model in
+one single pass instead: a run less per block, and statistics that do not know what went wrong before.
+"""
+
+import hashlib
+import time
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError, DataError, PlanError, WalkError
+from ..passes import Collector, Forward, Pass, PausedPasses, SharedInput, at_hand, store_of
+from ..plan import Plan, Prune
+from ..solvers.base import Solver
+from ..structure import Layer, Structure, structure_of
+from ..tasks.batches import Batch, Batches, call
+from .events import BlockFinished, BlockStarted, Event, LayerSolved
+from .ranks import Ranks
+from .solving import solve_groups
+from .work import Work
+
+Propagate = Literal["compressed", "dense"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the walk is done; what is done is in the plan and the solver.
+
+    device: where each block is for its turn; None: where the model is. work: a folder that finished blocks are written to, and from
+    which a killed run goes on. seed: of solvers that draw.
+    """
+
+    propagate: Propagate = "compressed"
+    device: torch.device | None = None
+    work: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.propagate not in ("compressed", "dense"):
+            raise ConfigError(f'propagate="{self.propagate}": give "compressed" or "dense".')
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What the walk stops at: a block, or a layer outside every block."""
+
+    name: str
+    layers: tuple[Layer, ...]  # those the plan prunes
+
+
+def walk(
+    model: nn.Module,
+    plan: Plan,
+    solver: Solver,
+    data: Batches | None = None,
+    *,
+    settings: Settings | None = None,
+    structure: Structure | None = None,
+    forward: Forward = call,
+) -> Iterator[Event]:
+    """Apply the plan to the model in place; yields as it goes, and works only while the caller takes the events.
+
+    structure: every weight that the plan may name; found anew when None. Raises before any work: PlanError (the plan does not fit),
+    DataError (the solver needs data), ConfigError (the work folder is another run's). On the way: StatisticsError, SolveError,
+    WalkError, SaveError, all naming the layer or file.
+    """
+    settings = settings or Settings()
+    structure = structure or structure_of(model, include=["*"])
+    prunes = check(plan, structure)
+    units = units_of(model, structure, prunes)
+    if solver.needs != "none" and prunes and (data is None or len(data) == 0):
+        raise DataError(f'solver "{solver.name}" needs calibration data; "magnitude" needs none.')
+    ranks = Ranks.current()
+    if store_of(model) is not None and not settings.work:
+        raise ConfigError("a streamed model needs a work folder to keep its finished blocks in: Settings(work=...).")
+    work = Work(settings.work, run_key(model, plan, solver, data, settings, structure)) if settings.work else None
+    steps = _Steps(model, prunes, solver, settings, ranks, work, len(units))
+    if solver.needs == "none" or data is None:
+        for index, unit in enumerate(units):
+            yield from steps.without_data(unit, index)
+        return
+    yield from _with_data(model, units, ranks.share_of(data), steps, forward)
+
+
+def check(plan: Plan, structure: Structure) -> dict[str, Prune]:
+    """Layer name -> what to prune, for layers that lose something. Raises PlanError with everything that does not fit."""
+    plan.check(structure.layers, blocks=[block.name for block in structure.blocks], fingerprint=structure.fingerprint)
+    other = [
+        f'plan: layer "{name}": {field} cannot be applied by this version; it applies prune.'
+        for name, treatments in plan.layers.items()
+        for field in sorted(treatments.model_fields_set - {"prune"})
+        if getattr(treatments, field) is not None
+    ]
+    if other:
+        raise PlanError(other)
+    return {name: t.prune for name, t in plan.layers.items() if t.prune and t.prune.sparsity > 0}
+
+
+def units_of(model: nn.Module, structure: Structure, prunes: Mapping[str, Prune]) -> list[Unit]:
+    """Every block, pruned or not (passes must be able to stop there), and the pruned layers outside blocks, each its own unit."""
+    blocks = [Unit(b.name, tuple(layer for layer in b.layers if layer.name in prunes)) for b in structure.blocks]
+    outside = [layer for layer in structure.outside if layer.name in prunes]
+    return [*(Unit(layer.parameter.rpartition(".")[0], (layer,)) for layer in outside), *blocks]
+
+
+def run_key(
+    model: nn.Module, plan: Plan, solver: Solver, data: Batches | None, settings: Settings, structure: Structure
+) -> dict[str, str]:
+    """Everything that the result depends on, in a form that shows what differs."""
+    from .. import __version__
+
+    weights = hashlib.sha256(structure.fingerprint.encode())
+    if (store := store_of(model)) is not None:
+        weights.update(store.fingerprint.encode())
+    else:
+        for name, parameter in model.named_parameters():
+            total = parameter.detach().double().sum().item(), parameter.detach().double().square().sum().item()
+            weights.update(f"{name}{total!r}".encode())
+    return {
+        "model": weights.hexdigest()[:16],
+        "plan": hashlib.sha256(repr(sorted(plan.to_dict()["layers"].items())).encode()).hexdigest()[:16],
+        "solver": repr({"name": solver.name, **asdict(solver)}),  # type: ignore[call-overload]
+        "data": data.hash if data is not None else "none",
+        "propagate": settings.propagate,
+        "seed": str(settings.seed),
+        "layerwise": __version__,
+        "torch": torch.__version__,
+    }
+
+
+def _with_data(
+    model: nn.Module, units: list[Unit], batches: list[Batch], steps: "_Steps", forward: Forward
+) -> Iterator[Event]:
+    by_name = {unit.name: unit for unit in units}
+    waiting = {unit.name for unit in units if unit.layers}
+    with PausedPasses(model, list(by_name), batches, forward) as passes:
+        for index, (name, standing) in enumerate(passes):
+            unit = by_name[name]
+            waiting.discard(name)
+            outputs = yield from steps.with_data(unit, index, standing, last=not waiting)
+            if not waiting:
+                return
+            while standing:  # one by one, so that old inputs are freed as new ones come
+                standing.pop(0).go_on(outputs.pop(0))
+    if waiting:
+        missed = next(unit.name for unit in units if unit.name in waiting)
+        raise WalkError(f'no calibration batch reaches "{missed}"; exclude its layers or give data that does.')
+
+
+@dataclass
+class _Steps:
+    """What is done at one unit."""
+
+    model: nn.Module
+    prunes: Mapping[str, Prune]
+    solver: Solver
+    settings: Settings
+    ranks: Ranks
+    work: Work | None
+    total: int
+
+    def without_data(self, unit: Unit, index: int) -> Iterator[Event]:
+        """Solve a unit from its weights alone."""
+        yield BlockStarted(unit.name, index, self.total)
+        started = time.perf_counter()
+        resumed = self._finished(unit)
+        with at_hand(self.model, unit.name, self.settings.device) as module:
+            if resumed:
+                yield from self._resume(unit)
+            else:
+                groups = [SharedInput([layer], [None] * layer.matrices) for layer in unit.layers]
+                yield from self._solve(unit, groups, module)
+        yield BlockFinished(unit.name, index, self.total, {"solve": time.perf_counter() - started}, resumed)
+
+    def with_data(
+        self, unit: Unit, index: int, standing: list[Pass], *, last: bool
+    ) -> Generator[Event, None, list[object]]:
+        """Collect, solve, and compute what each pass goes on with (nothing after the last unit). Returns the outputs."""
+        yield BlockStarted(unit.name, index, self.total)
+        clock, seconds, device = (
+            time.perf_counter,
+            {"collect": 0.0, "solve": 0.0, "propagate": 0.0},
+            self.settings.device,
+        )
+        resumed, dense = self._finished(unit), self.settings.propagate == "dense"
+        outputs: list[object] = []
+        with at_hand(self.model, unit.name, device) as module:
+            started = clock()
+            groups: list[SharedInput] = []
+            if unit.layers and not resumed:
+                keep = dense and not last
+                with Collector(self.model, unit.layers, self.solver.needs, stop_early=not keep) as collector:
+                    for one in standing:
+                        collector.begin(one)
+                        output = one.run(device, fresh=one is standing[0] or standing[0].wrote)
+                        if keep:
+                            outputs.append(output)
+                groups = collector.groups()
+            elif dense and not last:  # the dense block's output, before finished weights are read
+                outputs = [one.run(device, fresh=True) for one in standing]
+            seconds["collect"], started = clock() - started, clock()
+            if resumed:
+                yield from self._resume(unit)
+            elif unit.layers:
+                for group in groups:
+                    first = group.layers[0]
+                    self.ranks.add_up(group.accumulators, first.columns, self.solver.needs, _device_of(module))
+                yield from self._solve(unit, groups, module)
+            seconds["solve"], started = clock() - started, clock()
+            if not last and not dense:
+                outputs = [one.run(device, fresh=standing[0].wrote) for one in standing]
+            seconds["propagate"] = clock() - started
+        yield BlockFinished(unit.name, index, self.total, seconds, resumed)
+        return outputs
+
+    def _finished(self, unit: Unit) -> bool:
+        return self.work is not None and bool(unit.layers) and self.work.finished(unit.name)
+
+    def _solve(self, unit: Unit, groups: list[SharedInput], module: nn.Module) -> Iterator[LayerSolved]:
+        solved = []
+        for event in solve_groups(self.model, groups, self.prunes, self.solver, self.settings.seed, self.ranks):
+            solved.append(event)
+            yield event
+        if self.work and unit.layers and self.ranks.rank == 0:
+            tensors = {f"{unit.name}.{name}": parameter for name, parameter in module.named_parameters()}
+            self.work.write(unit.name, tensors, solved)
+        self.ranks.wait()
+        self._keep(unit)
+
+    def _resume(self, unit: Unit) -> Iterator[LayerSolved]:
+        assert self.work is not None  # noqa: S101  (only then is a unit finished)
+        yield from self.work.read_into(self.model, unit.name)
+        self._keep(unit)
+
+    def _keep(self, unit: Unit) -> None:
+        """A streamed block is read from the work folder from now on."""
+        if self.work and unit.layers and (store := store_of(self.model)) is not None:
+            store.replace(unit.name, self.work.path(unit.name))
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))

@@ -1,0 +1,79 @@
+"""The work folder: every finished block is written to it at once, so that a killed run goes on where it was.
+
+`run.json` says which run it belongs to; a folder of another run is refused, with the difference. `blocks/` has one safetensors
+file per block and beside it what was reported about its layers. Files appear whole (written aside, synced, renamed).
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..errors import ConfigError, SaveError
+from .events import LayerSolved
+
+
+class Work:
+    """Open the work folder of the run that `key` describes (plain facts: model, plan, solver, data, seed, versions)."""
+
+    def __init__(self, folder: str | Path, key: Mapping[str, str]) -> None:
+        self.folder = Path(folder)
+        (self.folder / "blocks").mkdir(parents=True, exist_ok=True)
+        run = self.folder / "run.json"
+        if not run.exists():
+            write_whole(run, json.dumps(dict(key), indent=1).encode())
+            return
+        try:
+            before = json.loads(run.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{run}: not readable; remove the work folder to start again.") from error
+        if changed := sorted(name for name in {*before, *key} if before.get(name) != key.get(name)):
+            details = "; ".join(f"{name}: {before.get(name)} then, {key.get(name)} now" for name in changed)
+            raise ConfigError(f"{self.folder}: belongs to another run ({details}). Use another folder, or remove it.")
+
+    def path(self, block: str) -> Path:
+        return self.folder / "blocks" / f"{block}.safetensors"
+
+    def finished(self, block: str) -> bool:
+        """The report is written last: where it is, the weights are whole."""
+        return self.path(block).with_suffix(".json").exists()
+
+    def write(self, block: str, tensors: Mapping[str, Tensor], events: Sequence[LayerSolved]) -> None:
+        """tensors: full parameter name -> weight."""
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_whole(self.path(block), save(whole, metadata={"format": "pt"}))
+        report = [dataclasses.asdict(event) for event in events]
+        write_whole(self.path(block).with_suffix(".json"), json.dumps(report).encode())
+
+    def read_into(self, model: nn.Module, block: str) -> list[LayerSolved]:
+        """Put a finished block's weights into the model; returns what was reported about it."""
+        try:
+            with safe_open(self.path(block), framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (not a dict)
+                    parameter = model.get_parameter(name)
+                    parameter.data.copy_(file.get_tensor(name))
+            report = json.loads(self.path(block).with_suffix(".json").read_text(encoding="utf-8"))
+        except (SafetensorError, ValueError, OSError) as error:
+            raise ConfigError(
+                f"{self.path(block)}: damaged ({error}). Remove the work folder to start again."
+            ) from error
+        return [LayerSolved(**{**event, "notes": tuple(event["notes"])}) for event in report]
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """The file has all of `content` or is not there, also after a power cut. Raises SaveError (disk full, no permission)."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise SaveError(f"{path}: cannot write {len(content)} bytes: {error.strerror}.") from error
