@@ -1,5 +1,8 @@
 """Matrices of (outputs, inputs) from every kind of weight, and the order of experts."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -113,7 +116,20 @@ def test_order_of_square_experts_is_taken_from_their_like():
     assert only_layer(model, "square").transposed
 
 
-def test_undecidable_order_of_experts_is_an_error_that_says_what_to_do():
-    model = nn.ModuleDict({"experts": Fused({"up_proj": (2, 8, 8)}, num_experts=2, hidden_size=8)})
-    with pytest.raises(ModelError, match=r"up_proj.*\(2, 8, 8\).*is_transposed"):
+def test_order_of_experts_that_know_no_size_is_taken_from_the_config_of_the_model():
+    model = nn.ModuleDict({"experts": Fused({"gate_proj": (2, 4, 8), "down_proj": (2, 8, 4)})})
+    model["experts"].num_experts = 2
+    model.config = SimpleNamespace(text_config=SimpleNamespace(hidden_size=8))
+    layers = list(structure_of(model, include=["*"]))
+    assert [(layer.rows, layer.columns, layer.transposed) for layer in layers] == [(4, 8, False), (8, 4, False)]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "hidden"),
+    [("up_proj", (2, 8, 8), 8), ("up_proj", (2, 8, 4), 16), ("mystery", (2, 8, 4), 8)],
+    ids=["square", "neither axis", "unknown side"],
+)
+def test_undecidable_order_of_experts_is_an_error_that_says_what_to_do(name, shape, hidden):
+    model = nn.ModuleDict({"experts": Fused({name: shape}, num_experts=2, hidden_size=hidden)})
+    with pytest.raises(ModelError, match=rf"{name}.*{re.escape(str(shape))}.*is_transposed"):
         structure_of(model)

@@ -57,8 +57,7 @@ def _all_weights(model: nn.Module, blocks: dict[str, str]) -> Iterator[Layer]:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    output = getattr(model, "get_output_embeddings", lambda: None)
-    head = output()
+    head = _own_head(model)
     for path, module in model.named_modules():
         block = _holder(path, blocks)
         for own, parameter in module._parameters.items():
@@ -82,6 +81,15 @@ def _all_weights(model: nn.Module, blocks: dict[str, str]) -> Iterator[Layer]:
             )
 
 
+def _own_head(model: nn.Module) -> nn.Module | None:
+    """The head that a transformers model names itself."""
+    try:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # not such a model, or one without a head
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
 def _holder(path: str, blocks: dict[str, str]) -> str | None:
     """The block that the module at `path` is, or is part of."""
     while path and path not in blocks:
@@ -95,21 +103,17 @@ def _refusals(weights: Sequence[Layer], include: Sequence[str], exclude: Sequenc
         asked = {parameter for pattern in include for parameter in _matching(weights, pattern, careful=True)}
         refused = {layer.parameter: "not included" for layer in weights if layer.parameter not in asked}
     else:
-        refused = {layer.parameter: "in no block" for layer in weights if layer.block is None}
-        refused |= {
-            layer.parameter: _NOT_BY_DEFAULT[layer.role]
-            for layer in weights
-            if layer.block is not None and layer.role in _NOT_BY_DEFAULT
-        }
-        refused |= {
-            layer.parameter: "its module does not show its input"
-            for layer in weights
-            if layer.block is not None and layer.kind == "table" and layer.parameter not in refused
-        }
+        refused = {layer.parameter: reason for layer in weights if (reason := _reason_by_default(layer))}
     for pattern in exclude:
         for parameter in _matching(weights, pattern, careful=False):
             refused.setdefault(parameter, f'excluded by "{pattern}"')
     return refused
+
+
+def _reason_by_default(layer: Layer) -> str | None:
+    if layer.block is None:
+        return "in no block"
+    return _NOT_BY_DEFAULT.get(layer.role) or ("its module does not show its input" if layer.kind == "table" else None)
 
 
 def _matching(weights: Sequence[Layer], pattern: str, *, careful: bool) -> set[str]:

@@ -41,7 +41,7 @@ _WRAPPERS = ("linear", "base_layer", "convolution")  # names of the weight insid
 _ROUTERS = ("gate", "router", "wg", "shared_expert_gate")
 _SHORTCUTS = ("shortcut", "downsample", "skip")
 _HEADS = ("lm_head", "head", "classifier", "score", "fc", "embed_out", "output_projection", "decoder", "proj_out")
-_POSITIONS = ("pos_", "position", "relative_")
+_POSITIONS = ("pos_", "position", "relative_", "wpe")
 
 
 def role_in_block(path: str, kind: Kind, modules: dict[str, nn.Module]) -> str:

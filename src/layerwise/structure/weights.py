@@ -13,7 +13,8 @@ from .parts import Kind
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "n_experts")
-_INPUT_SIDE = ("gate", "up", "w1", "w3", "fc1", "wi")  # read the hidden state; the others write it
+_READ_HIDDEN = ("gate", "up", "w1", "w3", "fc1", "wi")  # first names of experts that read the hidden state
+_WRITE_HIDDEN = ("down", "w2", "fc2", "wo")
 _HIDDEN = ("hidden_size", "hidden_dim", "dim", "d_model")
 
 
@@ -89,10 +90,10 @@ def _experts_transposed(module: nn.Module, name: str, parameter: Tensor, model: 
 
     Square weights do not show it; then another module of the same class in the model does.
     """
-    verdict = _transposed_by_sizes(module, name, parameter)
+    verdict = _transposed_by_sizes(module, name, parameter, model)
     for other in model.modules():
         if verdict is None and type(other) is type(module) and (twin := other._parameters.get(name)) is not None:
-            verdict = _transposed_by_sizes(other, name, twin)
+            verdict = _transposed_by_sizes(other, name, twin, model)
     if verdict is None:
         raise ModelError(
             f'"{name}" of {type(module).__name__}, shape {tuple(parameter.shape)}: cannot tell which axis holds the inputs of the experts.'
@@ -101,7 +102,7 @@ def _experts_transposed(module: nn.Module, name: str, parameter: Tensor, model: 
     return verdict
 
 
-def _transposed_by_sizes(module: nn.Module, name: str, parameter: Tensor) -> bool | None:
+def _transposed_by_sizes(module: nn.Module, name: str, parameter: Tensor, model: nn.Module) -> bool | None:
     """By the flag of transformers' experts decorator, stated sizes, a gated pair, or the hidden size; None if none of them tells.
 
     In a gated pair the halved width shows which axis is which.
@@ -116,9 +117,11 @@ def _transposed_by_sizes(module: nn.Module, name: str, parameter: Tensor) -> boo
             return stated == (second, first)
     if (pair := _gated_pair_transposed(module)) is not None:
         return pair
-    reads = name.startswith(_INPUT_SIDE)
+    if not name.startswith(_READ_HIDDEN + _WRITE_HIDDEN):
+        return None
+    reads = name.startswith(_READ_HIDDEN)
     verdicts = {
-        (first == hidden) is reads for hidden in _hidden_sizes(module) if (first == hidden) != (second == hidden)
+        (first == hidden) is reads for hidden in _hidden_sizes(module, model) if (first == hidden) != (second == hidden)
     }
     return verdicts.pop() if len(verdicts) == 1 else None
 
@@ -135,6 +138,13 @@ def _gated_pair_transposed(module: nn.Module) -> bool | None:
     return False if (down[1], down[2] * 2) == (fused[2], fused[1]) else None
 
 
-def _hidden_sizes(module: nn.Module) -> set[int]:
-    holders = (module, getattr(module, "config", None))
-    return {value for holder in holders for name in _HIDDEN if isinstance(value := getattr(holder, name, None), int)}
+def _hidden_sizes(module: nn.Module, model: nn.Module) -> set[int]:
+    """What the module says of the hidden size, or its config, or else the config of the model."""
+    config = getattr(model, "config", None)
+    for holders in ((module, getattr(module, "config", None)), (config, getattr(config, "text_config", None))):
+        sizes = {
+            value for holder in holders for name in _HIDDEN if isinstance(value := getattr(holder, name, None), int)
+        }
+        if sizes:
+            return sizes
+    return set()
