@@ -1,0 +1,46 @@
+"""Magnitude: the smallest weights go. No data, no update of the others (Han et al. 2015, arXiv:1506.02626)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..passes.statistics import InputStatistics, Need
+from ..plan import Prune
+from .base import Solved
+from .masking import (
+    Compare,
+    check_compare,
+    check_weights,
+    keep_by_score,
+    masked,
+    reference_keep_by_score,
+)
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Score |W|. All patterns; kept weights stay bit-identical."""
+
+    name: ClassVar[str] = "magnitude"
+    needs: ClassVar[Need] = "none"
+
+    compare: Compare = "layer"  # weights compete over the whole matrix, or within each row (output)
+    reference: bool = False  # the counts and ties of the official Wanda repository, which prunes one too many
+
+    def __post_init__(self) -> None:
+        check_compare("Magnitude", self.compare)
+
+    def solve(
+        self,
+        weights: Sequence[Tensor],
+        inputs: InputStatistics | None,
+        prunes: Sequence[Prune],
+        generators: Sequence[torch.Generator],
+    ) -> list[Solved]:
+        """See `Solver.solve`. Raises ShapeError, or SolveError for weights that are not finite."""
+        check_weights(weights, inputs)
+        keep = reference_keep_by_score if self.reference else keep_by_score
+        return [masked(w, keep(w.abs(), prune, self.compare), inputs) for w, prune in zip(weights, prunes, strict=True)]

@@ -1,0 +1,36 @@
+"""Random: the control that every other solver must beat. Draws on the CPU from the layer's own stream."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..passes.statistics import InputStatistics, Need
+from ..plan import Prune
+from .base import Solved
+from .masking import check_weights, keep_by_score, masked
+
+
+@dataclass(frozen=True)
+class Random:
+    """A uniformly random mask of the exact count. All patterns; kept weights stay bit-identical."""
+
+    name: ClassVar[str] = "random"
+    needs: ClassVar[Need] = "none"
+
+    def solve(
+        self,
+        weights: Sequence[Tensor],
+        inputs: InputStatistics | None,
+        prunes: Sequence[Prune],
+        generators: Sequence[torch.Generator],
+    ) -> list[Solved]:
+        """See `Solver.solve`. Raises ShapeError, or SolveError for weights that are not finite."""
+        check_weights(weights, inputs)
+        solved = []
+        for weight, prune, generator in zip(weights, prunes, generators, strict=True):
+            scores = torch.rand(weight.shape, generator=generator).to(weight.device)
+            solved.append(masked(weight, keep_by_score(scores, prune, "layer"), inputs))
+        return solved

@@ -1,0 +1,63 @@
+"""Wanda: |weight| times the norm of its input (Sun et al. 2024, arXiv:2306.11695; github.com/locuslab/wanda).
+
+Needs column sums of squared inputs; no gradients, no update of the kept weights. Departures from the official code:
+D1 exact counts, ties keep the lower index (`reference=True` brings the official rule back). D2 the official statistic is a mean over
+sequences, ours a sum over tokens: a constant factor, which changes no mask. D3 without calibration tokens the official code prunes by
+position; here by magnitude, with a note.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..passes.statistics import InputStatistics, Need
+from ..plan import Prune
+from .base import Solved
+from .masking import (
+    Compare,
+    check_compare,
+    check_weights,
+    keep_by_score,
+    magnitude_solved,
+    masked,
+    reference_keep_by_score,
+    why_blind,
+)
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """Score |W_ij| * ||X_j||. All patterns; kept weights stay bit-identical."""
+
+    name: ClassVar[str] = "wanda"
+    needs: ClassVar[Need] = "squares"
+
+    compare: Compare = "row"  # the paper's finding: row for language models; layer is no worse for image models
+    reference: bool = False  # the official counts and ties
+
+    def __post_init__(self) -> None:
+        check_compare("Wanda", self.compare)
+
+    def solve(
+        self,
+        weights: Sequence[Tensor],
+        inputs: InputStatistics | None,
+        prunes: Sequence[Prune],
+        generators: Sequence[torch.Generator],
+    ) -> list[Solved]:
+        """See `Solver.solve`. Raises ShapeError, or SolveError for weights that are not finite."""
+        if inputs is None:
+            raise ConfigError("Wanda needs calibration data: give inputs, or use the solver magnitude.")
+        check_weights(weights, inputs)
+        if note := why_blind(inputs):
+            return [magnitude_solved(w, prune, self.compare, note) for w, prune in zip(weights, prunes, strict=True)]
+        norms = inputs.squares.sqrt()
+        keep = reference_keep_by_score if self.reference else keep_by_score
+        return [
+            masked(w, keep(w.abs() * norms, prune, self.compare), inputs)
+            for w, prune in zip(weights, prunes, strict=True)
+        ]
