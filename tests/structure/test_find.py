@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from layerwise.structure import as_matrices, from_matrices, module_of, parameter_of, structure_of
+from layerwise.structure.roles import role_in_block
 from models import MODELS, inputs_for
 
 
@@ -321,6 +322,29 @@ def test_position_tables_inside_blocks_are_left_out():
         (f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias", "position", "position table")
         for side in ("encoder", "decoder")
     ]
+
+
+@pytest.mark.parametrize(
+    ("path", "role"),
+    [
+        ("layers.0.router.classifier", "router"),  # Switch Transformers, NLLB-MoE
+        ("layers.0.attention.wo", "o"),  # the names of Meta's own Llama
+        ("layers.0.feed_forward.w2", "down"),
+        ("layers.0.mlp.gate", "gate"),  # no experts beside it
+        ("layers.0.multi_head_attention.dense", "o"),
+        ("layers.0.ffn.0", "fc1"),
+        ("layers.0.ffn.3", "fc2"),
+        ("layers.0.mlp.out_proj", "fc2"),
+        ("layers.0.attn.q_proj.base_layer", "q"),  # wrapped by an adapter
+        ("layers.0.cross_attention.v_proj", "cross_v"),
+        ("layers.0.adaLN_modulation.1", "modulation"),
+        ("layers.0.mixer.dt_proj", "dt_proj"),  # in no table: its own name
+        ("layers.0.1", "linear"),
+    ],
+)
+def test_roles_by_name(path, role):
+    modules = {".".join(path.split(".")[:depth]): nn.Module() for depth in range(path.count(".") + 1)}
+    assert role_in_block(path, "linear", {**modules, path: nn.Linear(2, 2)}, "layers.0") == role
 
 
 def test_building_and_looking_leave_the_global_random_state_alone():

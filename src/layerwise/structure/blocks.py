@@ -63,7 +63,7 @@ def _is_unit(module: nn.Module, fewest: int) -> bool:
     owners = [owner for path, owner, *_ in weights_in(module) if path]
     if len(owners) == 2 and all(hasattr(owner, "in_features") for owner in owners):
         # two linears that lead elsewhere are a head or a merger: there is no way round them for a residual
-        return fewest <= 2 and _returns_to_its_width(module)
+        return _returns_to_its_width(module)
     return len(owners) >= fewest
 
 

@@ -70,7 +70,7 @@ def _all_weights(model: nn.Module, blocks: dict[str, str]) -> Iterator[Layer]:
                 name=name,
                 parameter=full,
                 kind=kind,
-                role=role_in_block(name, kind, modules) if block else role_outside(name, kind, modules, head),
+                role=role_in_block(name, kind, modules, block) if block else role_outside(name, kind, modules, head),
                 shape=tuple(parameter.shape),
                 matrices=matrices,
                 rows=rows,

@@ -27,15 +27,8 @@ _ROLES = {
 _ROLE_OF = {name: role for role, names in _ROLES.items() for name in names.split()}
 _ATTENTION = ("attn", "attention")  # parts of the names of attention modules
 _CROSS = ("cross", "encdec", "encoder_attn")
-_AT_THE_END = (
-    "dense",
-    "c_proj",
-    "proj",
-    "projection",
-    "projection_layer",
-    "wo",
-    "output",
-)  # of attention and MLP alike
+# the last linear of attention and of MLPs alike
+_AT_THE_END = ("dense", "c_proj", "proj", "projection", "projection_layer", "wo", "output")
 _SEQUENCES = ("net", "ff", "ffn", "mlp", "feed_forward")  # an MLP as a list: its first weight goes up, the others down
 _WRAPPERS = ("linear", "base_layer", "convolution")  # names of the weight inside a module that has the telling name
 _ROUTERS = ("gate", "router", "wg", "shared_expert_gate")
@@ -44,21 +37,20 @@ _HEADS = ("lm_head", "head", "classifier", "score", "fc", "embed_out", "output_p
 _POSITIONS = ("pos_", "position", "relative_", "wpe")
 
 
-def role_in_block(path: str, kind: Kind, modules: dict[str, nn.Module]) -> str:
-    """Role of the weight at full `path` inside a block, e.g. "q", "cross_k", "down"; its own name where the table has none.
+def role_in_block(path: str, kind: Kind, modules: dict[str, nn.Module], block: str) -> str:
+    """Role of the weight at full `path` inside `block`, e.g. "q", "cross_k", "down"; its own name where the table has none.
 
     modules: path -> module of the model, also of modules reached by several paths.
     """
     if role := _apart(path, kind, modules.get(path)):
         return role
-    parts = path.split(".")
-    above = [modules[".".join(parts[:depth])] for depth in range(1, len(parts))]
-    if _routes(path, above, modules):
+    if _routes(path, modules):
         return "router"
-    words = [word for word in path.lower().split(".") if not word.isdigit()] or [kind]
+    parts = path.removeprefix(f"{block}.").lower().split(".")  # the names above the block say nothing of the layer
+    words = [part for part in parts if not part.isdigit()] or [kind]
     if any(shortcut in word for word in words[-2:] for shortcut in _SHORTCUTS):
         return "shortcut"
-    if any(is_norm(module) for module in above):
+    if any("norm" in word for word in words[:-1]) or "modulation" in words[-1]:
         return "modulation"  # a linear inside an adaptive norm
     if words[-1] in _WRAPPERS and len(words) > 1:
         words.pop()
@@ -96,14 +88,16 @@ def _apart(path: str, kind: Kind, module: nn.Module | None) -> str | None:
     return "norm" if module is not None and is_norm(module) else _ROLE_OF.get(name, "parameter")
 
 
-def _routes(path: str, above: Sequence[nn.Module], modules: dict[str, nn.Module]) -> bool:
-    """Whether this weight sends tokens to experts: a router by class, or a plain linear called gate beside experts."""
-    if "router" in path.split(".") or any(type(module).__name__.lower().endswith("router") for module in above):
+def _routes(path: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether this weight sends tokens to experts: part of a router by name or class, or a linear called gate beside experts."""
+    parts = path.split(".")
+    above = [modules[".".join(parts[:depth])] for depth in range(1, len(parts))]
+    if "router" in parts or any(type(module).__name__.lower().endswith("router") for module in above):
         return True
     if path in modules and is_router(modules[path]):
         return True
     beside = [name for name, _ in above[-1].named_children()] if above else []
-    return path.rpartition(".")[2] in _ROUTERS and any("expert" in name for name in beside)
+    return parts[-1] in _ROUTERS and any("expert" in name for name in beside)
 
 
 def _by_place(words: Sequence[str], last: str, parent: nn.Module) -> str | None:
