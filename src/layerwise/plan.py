@@ -4,163 +4,83 @@ A plan knows names and numbers, no torch model: `Plan.check` takes the sizes of 
 with `name`, `size`, `rows`, `columns`) and lists every problem, not only the first.
 """
 
+import contextlib
 import dataclasses
-import difflib
+import fnmatch
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator
+from pydantic_core import PydanticSerializationError, to_jsonable_python
 
-from .errors import PlanError
+from .errors import BudgetError, OutputError, PlanError, SelectionError
+from .plan_diff import Change, differences
+from .plan_shift import shift_evenly
+from .plan_text import describe, near, parse, to_yaml
+from .treatments import (
+    FIELDS,
+    CacheBits,
+    Count,
+    Factorize,
+    Fraction,
+    KeepTokens,
+    Number,
+    Prune,
+    Quantize,
+    Record,
+    Resize,
+    Train,
+    Treatment,
+    Treatments,
+    bare,
+)
 
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-_PATTERN = re.compile(r"unstructured|row|column|(?P<n>\d+):(?P<m>\d+)|block\((?P<rows>\d+)[x×](?P<columns>\d+)\)")
+__all__ = [
+    "Budget",
+    "CacheBits",
+    "Change",
+    "Factorize",
+    "KeepTokens",
+    "ModelFacts",
+    "Plan",
+    "Prune",
+    "Quantize",
+    "Resize",
+    "Sized",
+    "Train",
+    "Treatment",
+    "Treatments",
+    "diff_plans",
+]
 
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Prune(_Record):
-    """Set a fraction `sparsity` of the weights to zero. `n:m` keeps n of every m consecutive inputs of a row."""
-
-    sparsity: Fraction
-    pattern: str = "unstructured"
-
-    @field_validator("pattern")
-    @classmethod
-    def _known(cls, pattern: str) -> str:
-        if not (match := _PATTERN.fullmatch(pattern)):
-            raise ValueError('write "unstructured", "row", "column", "n:m" such as "2:4", or "block(16x16)"')
-        if match["m"] and not 0 < int(match["n"]) <= int(match["m"]):
-            raise ValueError("n:m keeps n of every m: 0 < n <= m")
-        return pattern
-
-    @model_validator(mode="after")
-    def _agrees(self) -> "Prune":
-        if (nm := self.nm) and abs(self.sparsity - (1 - nm[0] / nm[1])) > 1e-9:
-            raise ValueError(f"pattern {self.pattern} means sparsity {1 - nm[0] / nm[1]:g}, not {self.sparsity:g}")
-        return self
-
-    @property
-    def nm(self) -> tuple[int, int] | None:
-        """(n kept, m) of an n:m pattern, else None."""
-        match = _PATTERN.fullmatch(self.pattern)
-        return (int(match["n"]), int(match["m"])) if match and match["m"] else None
-
-    @property
-    def block(self) -> tuple[int, int] | None:
-        """(rows, columns) of a block pattern, else None."""
-        match = _PATTERN.fullmatch(self.pattern)
-        return (int(match["rows"]), int(match["columns"])) if match and match["rows"] else None
-
-
-class Quantize(_Record):
-    """`bits` per weight, one scale per `group` consecutive inputs (None: one per row)."""
-
-    bits: Annotated[int, Field(ge=1, le=16)]
-    group: Annotated[int, Field(ge=1)] | None = 128
-    symmetric: bool = False
+Amount = Annotated[Number, Field(ge=0)]
 
 
-class Factorize(_Record):
-    """Replace the weight by block-diagonal x sparse core x block-diagonal (ARMOR); `block` is the block's side."""
-
-    block: Annotated[int, Field(ge=1)]
-    pattern: str = "2:4"
-
-
-class Resize(_Record):
-    """Keep this many heads, key/value heads or channels."""
-
-    heads: Annotated[int, Field(ge=0)] | None = None
-    kv_heads: Annotated[int, Field(ge=0)] | None = None
-    channels: Annotated[int, Field(ge=0)] | None = None
-
-
-class CacheBits(_Record):
-    """Bits of the KV cache of one attention."""
-
-    key_bits: Annotated[int, Field(ge=1, le=16)]
-    value_bits: Annotated[int, Field(ge=1, le=16)]
-
-
-class KeepTokens(_Record):
-    """Vision tokens that go on from this block, as a count or a fraction."""
-
-    count: Annotated[int, Field(ge=1)] | None = None
-    fraction: Fraction | None = None
-
-
-class Train(_Record):
-    """How much a layer or block is trained: a learning-rate multiplier, a probability of being sampled."""
-
-    rate: Annotated[float, Field(ge=0)] | None = None
-    probability: Fraction | None = None
-
-
-Treatment = Prune | Quantize | Factorize | Resize | CacheBits | KeepTokens | Train
-_FIELDS: dict[type, str] = {
-    Prune: "prune",
-    Quantize: "quantize",
-    Factorize: "factorize",
-    Resize: "resize",
-    CacheBits: "cache",
-    KeepTokens: "keep_tokens",
-    Train: "train",
-}
-
-
-class Treatments(_Record):
-    """All that one layer or block gets. `drop` removes a whole block."""
-
-    prune: Prune | None = None
-    quantize: Quantize | None = None
-    factorize: Factorize | None = None
-    resize: Resize | None = None
-    cache: CacheBits | None = None
-    keep_tokens: KeepTokens | None = None
-    train: Train | None = None
-    drop: Literal[True] | None = None
-
-    @model_validator(mode="after")
-    def _go_together(self) -> "Treatments":
-        chosen = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if not chosen:
-            raise ValueError("no treatment given; leave the layer out to leave it alone")
-        if self.drop and len(chosen) > 1:
-            raise ValueError(f"drop goes with nothing else, not with {' and '.join(n for n in chosen if n != 'drop')}")
-        if self.factorize and (self.prune or self.quantize):
-            raise ValueError("factorize goes with neither prune nor quantize")
-        return self
-
-
-class ModelFacts(_Record):
+class ModelFacts(Record):
     """The model that a plan was made for."""
 
     name: str
-    parameters: int
+    parameters: Count
     fingerprint: str
 
 
-class Budget(_Record):
+class Budget(Record):
     """What the layers of the plan may cost together. `sparsity` counts the layers that the plan prunes."""
 
-    sparsity: Fraction | None = None
-    parameters: float | None = None
-    bits: float | None = None
-    flops: float | None = None
-    bytes: float | None = None
-    achieved: float | None = None  # written for the reader; always computed from the layers, never trusted
+    sparsity: Fraction | None = Field(default=None, description="give the fraction removed, 0 <= sparsity <= 1")
+    parameters: Amount | None = Field(default=None, description="give a number of parameters, at least 0")
+    bits: Amount | None = Field(default=None, description="give true bits per weight, at least 0")
+    flops: Amount | None = Field(default=None, description="give a number of operations, at least 0")
+    bytes: Amount | None = Field(default=None, description="give a number of bytes, at least 0")
+    achieved: Number | None = None  # written for the reader (`Plan.with_achieved`); never trusted
 
 
 class Sized(Protocol):
-    """What `Plan.check` reads of a layer."""
+    """What a plan reads of a layer."""
 
     @property
     def name(self) -> str: ...
@@ -172,36 +92,39 @@ class Sized(Protocol):
     def columns(self) -> int: ...
 
 
-class Plan(_Record):
+class Plan(Record):
     """The whole decision. `method` and `solver` take a settings dataclass or plain values; `layers` takes bare treatments too."""
 
-    layerwise: Literal[1] = 1
+    layerwise: Literal[1] = Field(default=1, description="this layerwise reads format 1; a newer one may read it")
     model: ModelFacts | None = None
-    method: dict[str, Any] = {}
+    method: dict[str, Any] = Field(default_factory=dict)
     budget: Budget = Budget()
     solver: dict[str, Any] | None = None
     layers: dict[str, Treatments]
-    scores: dict[str, float] = {}
+    scores: dict[str, Number] = Field(default_factory=dict)
 
     @field_validator("method", "solver", mode="before")
     @classmethod
     def _settings(cls, value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {"name": getattr(value, "name", type(value).__name__.lower()), **dataclasses.asdict(value)}
-        return value
+            value = {"name": getattr(value, "name", type(value).__name__.lower()), **dataclasses.asdict(value)}
+        try:
+            return to_jsonable_python(value)  # so that a plan read back equals the one written: tuples are lists
+        except PydanticSerializationError as error:
+            raise ValueError(f"settings are plain values: {error}") from error
 
     @field_validator("layers", mode="before")
     @classmethod
     def _bare(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        return {name: {_FIELDS[type(t)]: t} if type(t) in _FIELDS else t for name, t in value.items()}
+        return {name: bare(treatment) for name, treatment in value.items()} if isinstance(value, Mapping) else value
 
     def zeros(self, layers: Iterable[Sized]) -> dict[str, int]:
         """Layer name -> exact number of weights that the plan sets to zero, for the layers it prunes."""
-        sizes = {layer.name: layer.size for layer in layers}
+        known = {layer.name: layer for layer in layers}
         return {
-            name: round(t.prune.sparsity * sizes[name]) for name, t in self.layers.items() if t.prune and name in sizes
+            name: t.prune.zeros(known[name].size, known[name].rows, known[name].columns)
+            for name, t in self.layers.items()
+            if t.prune and name in known
         }
 
     def achieved_sparsity(self, layers: Iterable[Sized]) -> float:
@@ -211,75 +134,117 @@ class Plan(_Record):
         total = sum(sizes[name] for name in zeros)
         return sum(zeros.values()) / total if total else 0.0
 
+    def with_achieved(self, layers: Iterable[Sized]) -> "Plan":
+        """The same plan with `budget.achieved` computed from these layers."""
+        achieved = self.achieved_sparsity(layers)
+        return self.model_copy(update={"budget": self.budget.model_copy(update={"achieved": achieved})})
+
     def check(self, layers: Iterable[Sized], *, blocks: Iterable[str] = (), fingerprint: str | None = None) -> None:
-        """Raise PlanError listing every way in which this plan does not fit these layers."""
-        known = {layer.name: layer for layer in layers}
-        problems = []
-        if self.model and fingerprint and self.model.fingerprint != fingerprint:
-            problems.append(
-                f'plan: it was made for "{self.model.name}" ({self.model.fingerprint[:15]}…), this model has other'
-                f" parameters ({fingerprint[:15]}…). Make a plan for this model, or remove the plan's model entry."
+        """Raise PlanError listing every way in which this plan does not fit these layers and blocks.
+
+        Of the budget, `sparsity` is checked: each layer may be off by its rounding (one weight, row, column or block).
+        """
+        known, blocks = {layer.name: layer for layer in layers}, set(blocks)
+        if self.model and fingerprint and self.model.fingerprint != fingerprint:  # everything else would follow from it
+            absent = sum(name not in known and name not in blocks for name in self.layers)
+            raise PlanError(
+                f'plan: it was made for "{self.model.name}" ({self.model.fingerprint[:15]}…); this model has other parameters'
+                f" ({fingerprint[:15]}…), and {absent} of the plan's {len(self.layers)} entries are not in it."
+                " Make a plan for this model, or remove the plan's model entry."
             )
-        names = [*known, *blocks]
+        problems = []
         for number, (name, treatments) in enumerate(self.layers.items(), start=1):
-            if name not in known and name not in names and not any(n.startswith(f"{name}.") for n in names):
-                problems.append(
-                    f'plan: entry {number} names layer "{name}", which the model does not have.{_near(name, names)}'
-                )
-            elif treatments.prune and name not in known:
-                problems.append(
-                    f'plan: entry {number} prunes "{name}", which is not a layer with a weight. Name its layers.'
-                )
-            elif treatments.prune:
-                problems += _prune_problems(known[name], treatments.prune)
+            problems += _entry_problems(number, name, treatments, self.layers, known, blocks)
         if not problems:
             problems += self._budget_problems(list(known.values()))
         if problems:
             raise PlanError(problems)
 
     def _budget_problems(self, layers: list[Sized]) -> list[str]:
-        if self.budget.sparsity is None:
+        known = {layer.name: layer for layer in layers}
+        zeros, wanted = self.zeros(layers), self.budget.sparsity
+        total, got = sum(known[name].size for name in zeros), sum(zeros.values())
+        prunes = [(name, prune) for name in zeros if (prune := self.layers[name].prune)]
+        rounding = sum(prune.unit(known[name].rows, known[name].columns) for name, prune in prunes)
+        if wanted is None or abs(round(wanted * total) - got) <= rounding:
             return []
-        zeros, sizes = self.zeros(layers), {layer.name: layer.size for layer in layers}
-        total = sum(sizes[name] for name in zeros)
-        wanted, got = round(self.budget.sparsity * total), sum(zeros.values())
-        # one weight a layer: what rounding a hand-written sparsity can miss by
-        if abs(wanted - got) <= len(zeros) or any(t.prune and t.prune.nm for t in self.layers.values()):
-            return []
+        achieved = got / total if total else 0.0
         return [
-            f"plan: the layers give sparsity {got / total:.6f} ({got} zeros), the budget says {self.budget.sparsity:g} ({wanted})."
-            f" Change the layers, or set budget.sparsity to {got / total:.6f}."
+            f"plan: budget.sparsity {wanted:g} is {round(wanted * total)} zeros of {total}, the layers give {got} ({achieved:.6f})."
+            f" Rebalance the layers, or set budget.sparsity to {achieved!r}."
         ]
+
+    def rebalance(self, layers: Iterable[Sized], keep: Sequence[str] = ()) -> "Plan":
+        """After edits by hand: layers whose names match a glob of `keep` stay, the others shift evenly to meet budget.sparsity.
+
+        The shift is the same for all, clipped to [0, 1]; the number of zeros is met exactly. Patterns other than unstructured
+        stay too. Raises SelectionError for a glob that matches no pruned layer, BudgetError saying what is feasible.
+        """
+        layers = list(layers)
+        sizes = {layer.name: layer.size for layer in layers}
+        zeros = self.zeros(layers)
+        for pattern in keep:
+            if not fnmatch.filter(zeros, pattern):
+                raise SelectionError(f'"{pattern}" matches none of the {len(zeros)} layers that the plan prunes.')
+        if self.budget.sparsity is None:
+            raise BudgetError("plan: it has no budget.sparsity to meet. Add it, such as budget: {sparsity: 0.5}.")
+        prunes = {name: prune for name in zeros if (prune := self.layers[name].prune)}
+        free = [
+            name
+            for name, prune in prunes.items()
+            if prune.pattern == "unstructured" and not any(fnmatch.fnmatchcase(name, pattern) for pattern in keep)
+        ]
+        total, room = sum(sizes[name] for name in zeros), sum(sizes[name] for name in free)
+        fixed = sum(zeros.values()) - sum(zeros[name] for name in free)
+        wanted = round(self.budget.sparsity * total) - fixed
+        if not 0 <= wanted <= room:
+            low, high = fixed / total if total else 0.0, (fixed + room) / total if total else 0.0
+            raise BudgetError(
+                f"plan: budget.sparsity {self.budget.sparsity:g} cannot be met: with {len(zeros) - len(free)} of {len(zeros)}"
+                f" layers fixed, {low:.6f} to {high:.6f} is feasible. Keep fewer layers, or change the budget."
+            )
+        counts = shift_evenly([sizes[name] for name in free], [prunes[name].sparsity for name in free], wanted)
+        new = dict(self.layers)
+        for name, count in zip(free, counts, strict=True):
+            new[name] = new[name].model_copy(
+                update={"prune": Prune(sparsity=count / sizes[name] if sizes[name] else 0.0)}
+            )
+        return self.model_copy(update={"layers": new}).with_achieved(layers)
 
     @property
     def fingerprint(self) -> str:
         """ "sha256:..." of the YAML text: equal for equal plans."""
         return f"sha256:{hashlib.sha256(self.to_yaml().encode()).hexdigest()}"
 
-    def save(self, path: str | Path) -> None:
-        """Write YAML, or JSON for a name that ends in .json; whole or not at all."""
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write YAML, or JSON for a name that ends in .json; whole or not at all. Raises OutputError (exists, not writable)."""
         path = Path(path)
-        text = json.dumps(self.to_dict(), indent=1) if path.suffix == ".json" else self.to_yaml()
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(text + "\n" if not text.endswith("\n") else text, encoding="utf-8")
-        partial.replace(path)
+        if path.exists() and not force:
+            raise OutputError(
+                f'output "{path}" exists already. Give another name, or replace it: force=True (--force).'
+            )
+        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(self.to_json() if path.suffix == ".json" else self.to_yaml(), encoding="utf-8")
+            partial.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise OutputError(f'output "{path}" cannot be written: {error.strerror}.') from error
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, empty entries left out."""
-        plain = self.model_dump(mode="json", exclude_none=True)
-        return {key: value for key, value in plain.items() if value not in ({}, None)}
+        plain = self.model_dump(mode="json")
+        return {key: value for key, value in plain.items() if value or key in ("layerwise", "layers")}
 
     def to_yaml(self) -> str:
         """One line a layer, so that plans can be read, edited and compared line by line."""
-        plain = self.to_dict()
-        lines = []
-        for key, value in plain.items():
-            if key in ("layers", "scores"):
-                lines.append(f"{key}:")
-                lines += [f"  {_flow(name)}: {_flow(entry)}" for name, entry in value.items()]
-            else:
-                lines.append(f"{key}: {_flow(value)}")
-        return "\n".join(lines) + "\n"
+        return to_yaml(self.to_dict(), by_line=("layers", "scores"))
+
+    def to_json(self) -> str:
+        """The same as JSON."""
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
@@ -287,76 +252,67 @@ class Plan(_Record):
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"{path}: cannot read the plan: {getattr(error, 'strerror', None) or error}.") from error
+        except UnicodeDecodeError as error:
+            raise PlanError(
+                f"{path}: not a text file (byte {error.start}). A plan is YAML or JSON in UTF-8."
+            ) from error
+        except OSError as error:
+            raise PlanError(f"{path}: cannot read the plan: {error.strerror}.") from error
         return cls.from_text(text, str(path))
 
     @classmethod
     def from_text(cls, text: str, source: str = "plan") -> "Plan":
-        """Parse YAML or JSON text; `source` names it in messages."""
-        try:
-            data = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506  (a SafeLoader)
-        except yaml.MarkedYAMLError as error:
-            where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-            hint = " Use spaces, not tabs." if "\\t" in str(error.problem) else ""
-            raise PlanError(f"{source}{where}: not valid YAML: {error.problem}.{hint}") from error
-        except yaml.YAMLError as error:
-            raise PlanError(f"{source}: not valid YAML: {str(error).splitlines()[0]}.") from error
-        if not isinstance(data, dict):
-            raise PlanError(f"{source}: a plan is a mapping that starts with 'layerwise: 1'.")
+        """Parse YAML or, if `source` ends in .json, JSON text; `source` names it in messages."""
+        data = parse(text, source)
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise PlanError([_describe(source, problem) for problem in error.errors()]) from error
+            raise PlanError(
+                [describe(source, dict(problem), _holder(problem["loc"])) for problem in error.errors()]
+            ) from error
 
 
-def _prune_problems(layer: Sized, prune: Prune) -> list[str]:
-    problems = []
-    if (nm := prune.nm) and layer.columns % nm[1]:
-        problems.append(
-            f'plan: layer "{layer.name}": {layer.columns} inputs do not split into groups of {nm[1]}. Leave it out or use unstructured.'
-        )
-    if (block := prune.block) and (layer.rows % block[0] or layer.columns % block[1]):
-        problems.append(
-            f'plan: layer "{layer.name}" of {layer.rows}x{layer.columns} does not split into blocks of {block[0]}x{block[1]}.'
-        )
+def diff_plans(a: Plan, b: Plan) -> list[Change]:
+    """What turns plan `a` into plan `b`, settings first, then layers in the order of the plans. Scores are left out."""
+    return differences(a.to_dict(), b.to_dict())
+
+
+def _entry_problems(
+    number: int,
+    name: str,
+    entry: Treatments,
+    entries: Mapping[str, Treatments],
+    known: Mapping[str, Sized],
+    blocks: set[str],
+) -> list[str]:
+    """What is wrong with one entry of the plan, given the model's layers and blocks."""
+    where, names = f'plan: entry {number}, "{name}"', [*known, *blocks]
+    if name not in known and name not in blocks and not any(other.startswith(f"{name}.") for other in names):
+        return [f"{where}: the model has no layer or block of this name.{near(name, names)}"]
+    if name not in known:
+        weights = [field for field in ("prune", "quantize", "factorize") if getattr(entry, field)]
+        problems = [f"{where}: {field} needs a layer with a weight. Name the layers inside it." for field in weights]
+    else:
+        problems = [f"{where}: {problem}" for problem in entry.problems(known[name].rows, known[name].columns)]
+    if entry.drop and blocks and name not in blocks:
+        problems.append(f"{where}: drop removes a whole block, and this is none. Name a block such as {min(blocks)}.")
+    for outer in (name[:i] for i, letter in enumerate(name) if letter == "."):
+        if outer in entries and entries[outer].drop:
+            problems.append(f'{where}: the plan drops "{outer}", which holds it. Remove one of the two entries.')
     return problems
 
 
-def _near(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f' Did you mean "{close[0]}"?' if close else ""
-
-
-def _describe(source: str, problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
-    where = (
-        f'layer "{location[1]}": {".".join(location[2:])}'
-        if location[:1] == ["layers"] and len(location) > 1
-        else ".".join(location)
-    )
-    message = problem["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(problem["input"], (dict, BaseModel)) else f" (given: {problem['input']!r})"
-    return f"{source}: {where.rstrip(': ')}: {message}{given}."
-
-
-def _flow(value: Any) -> str:
-    return (
-        yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**9, allow_unicode=True)
-        .strip()
-        .removesuffix("...")
-        .strip()
-    )
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice: plain YAML would keep the last in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
+def _holder(location: Sequence[str | int]) -> type[Record] | None:
+    """The record class that the last key of a location belongs to."""
+    match [str(part) for part in location]:
+        case [_]:
+            return Plan
+        case ["model", _]:
+            return ModelFacts
+        case ["budget", *_]:
+            return Budget
+        case ["layers", _, _]:
+            return Treatments
+        case ["layers", _, field, *_]:
+            return FIELDS.get(field)
+    return None

@@ -1,0 +1,231 @@
+"""What a layer or block can get: plain records. A field's description says what would be right; messages quote it."""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+
+def _number(value: Any) -> Any:
+    """Numpy and torch scalars as plain ones. True is no number here (it would mean a sparsity of 1), nor is "0.5"."""
+    if isinstance(value, (bool, str)):
+        raise ValueError("not a number")
+    return value.item() if hasattr(value, "item") else value
+
+
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Count = Annotated[int, BeforeValidator(_number)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Bits = Annotated[Count, Field(ge=1, le=16, description="give whole bits, 1 to 16")]
+
+_PATTERN = re.compile(r"unstructured|row|column|(?P<n>\d+):(?P<m>\d+)|block\((?P<rows>\d+)[x×](?P<columns>\d+)\)")
+_PATTERNS = 'write unstructured, row, column, n:m with 0 < n <= m such as "2:4", or a block such as "block(16x16)"'
+
+
+class Record(BaseModel):
+    """Base of everything in a plan: fixed once made, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Absent fields are not written; a None that stands for something (one scale per row) is."""
+        fields = type(self).model_fields
+        return {
+            name: value for name, value in plain(self).items() if value is not None or fields[name].default is not None
+        }
+
+
+class Prune(Record):
+    """Set a fraction `sparsity` of the weights to zero. `n:m` keeps n of every m consecutive inputs of a row."""
+
+    sparsity: Fraction = Field(description="give the fraction removed, 0 <= sparsity <= 1")
+    pattern: str = Field(default="unstructured", description=_PATTERNS)
+
+    @field_validator("pattern")
+    @classmethod
+    def _known(cls, pattern: str) -> str:
+        match = _PATTERN.fullmatch(pattern)
+        if not match or (match["m"] and not 0 < int(match["n"]) <= int(match["m"])):
+            raise ValueError("unknown pattern")
+        if match["rows"] and not (int(match["rows"]) and int(match["columns"])):
+            raise ValueError("empty block")
+        return pattern
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Prune":
+        if (nm := self.nm) and abs(self.sparsity - (1 - nm[0] / nm[1])) > 1e-9:
+            means = 1 - nm[0] / nm[1]
+            raise ValueError(
+                f"pattern {self.pattern} means sparsity {means:g}, not {self.sparsity:g}: change one of them"
+            )
+        return self
+
+    @property
+    def nm(self) -> tuple[int, int] | None:
+        """(n kept, m) of an n:m pattern, else None."""
+        match = _PATTERN.fullmatch(self.pattern)
+        return (int(match["n"]), int(match["m"])) if match and match["m"] else None
+
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """(rows, columns) of a block pattern, else None."""
+        match = _PATTERN.fullmatch(self.pattern)
+        return (int(match["rows"]), int(match["columns"])) if match and match["rows"] else None
+
+    def unit(self, rows: int, columns: int) -> int:
+        """How many weights of a (rows, columns) matrix go together: 1, a row, a column, a block."""
+        if block := self.block:
+            return block[0] * block[1]
+        return {"row": columns, "column": rows}.get(self.pattern, 1)
+
+    def zeros(self, size: int, rows: int, columns: int) -> int:
+        """Exact number of zeros in a layer of `size` weights in matrices of (rows, columns): whole units, round half to even."""
+        if nm := self.nm:
+            return size // nm[1] * (nm[1] - nm[0])
+        unit = self.unit(rows, columns)
+        return round(self.sparsity * (size // unit)) * unit
+
+
+class Quantize(Record):
+    """`bits` per weight, one scale per `group` consecutive inputs (None: one per row)."""
+
+    bits: Bits
+    group: Annotated[Count, Field(ge=1)] | None = Field(
+        default=128, description="give the inputs that share a scale, at least 1, or null for a whole row"
+    )
+    symmetric: bool = Field(default=False, strict=True, description="give true or false")
+
+
+class Factorize(Record):
+    """Replace the weight by block-diagonal x sparse core x block-diagonal (ARMOR); `block` is the block's side."""
+
+    block: Annotated[Count, Field(ge=1)] = Field(description="give the side of the diagonal blocks, at least 1")
+    pattern: str = Field(default="2:4", description=_PATTERNS)
+
+    @field_validator("pattern")
+    @classmethod
+    def _known(cls, pattern: str) -> str:
+        return Prune._known(pattern)
+
+
+class Resize(Record):
+    """Keep this many heads, key/value heads or channels."""
+
+    heads: Annotated[Count, Field(ge=0)] | None = Field(default=None, description="give the number kept, at least 0")
+    kv_heads: Annotated[Count, Field(ge=0)] | None = Field(default=None, description="give the number kept, at least 0")
+    channels: Annotated[Count, Field(ge=0)] | None = Field(default=None, description="give the number kept, at least 0")
+
+    @model_validator(mode="after")
+    def _something(self) -> "Resize":
+        return _one_or_more(self)
+
+
+class CacheBits(Record):
+    """Bits of the KV cache of one attention."""
+
+    key_bits: Bits
+    value_bits: Bits
+
+
+class KeepTokens(Record):
+    """Vision tokens that go on from this block, as a count or a fraction."""
+
+    count: Annotated[Count, Field(ge=1)] | None = Field(default=None, description="give the number kept, at least 1")
+    fraction: Fraction | None = Field(default=None, description="give the fraction kept, 0 <= fraction <= 1")
+
+    @model_validator(mode="after")
+    def _one(self) -> "KeepTokens":
+        if (self.count is None) == (self.fraction is None):
+            raise ValueError("give either count or fraction")
+        return self
+
+
+class Train(Record):
+    """How much a layer or block is trained: a learning-rate multiplier, a probability of being sampled."""
+
+    rate: Annotated[Number, Field(ge=0)] | None = Field(default=None, description="give a multiplier, at least 0")
+    probability: Fraction | None = Field(default=None, description="give a probability, 0 <= probability <= 1")
+
+    @model_validator(mode="after")
+    def _something(self) -> "Train":
+        return _one_or_more(self)
+
+
+Treatment = Prune | Quantize | Factorize | Resize | CacheBits | KeepTokens | Train
+FIELDS: Mapping[str, type[Record]] = {
+    "prune": Prune,
+    "quantize": Quantize,
+    "factorize": Factorize,
+    "resize": Resize,
+    "cache": CacheBits,
+    "keep_tokens": KeepTokens,
+    "train": Train,
+}
+
+
+class Treatments(Record):
+    """All that one layer or block gets. `drop` removes a whole block."""
+
+    prune: Prune | None = None
+    quantize: Quantize | None = None
+    factorize: Factorize | None = None
+    resize: Resize | None = None
+    cache: CacheBits | None = None
+    keep_tokens: KeepTokens | None = None
+    train: Train | None = None
+    drop: Literal[True] | None = Field(default=None, description="write true, or leave it out")
+
+    @model_validator(mode="after")
+    def _go_together(self) -> "Treatments":
+        chosen = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if not chosen:
+            raise ValueError("no treatment given; leave the layer out to leave it alone")
+        if self.drop and len(chosen) > 1:
+            raise ValueError(f"drop goes with nothing else, not with {' and '.join(n for n in chosen if n != 'drop')}")
+        if self.factorize and (self.prune or self.quantize):
+            raise ValueError("factorize goes with neither prune nor quantize: keep one of them")
+        return self
+
+    def problems(self, rows: int, columns: int) -> list[str]:
+        """Patterns and groups that do not divide matrices of (rows, columns), a sentence each with what to do."""
+        shape, found = f"{rows} outputs x {columns} inputs", []
+        if self.prune and (nm := self.prune.nm) and columns % nm[1]:
+            found.append(
+                f"{shape} do not split into groups of {nm[1]} inputs for {self.prune.pattern}. Leave it out or use unstructured."
+            )
+        if self.prune and (block := self.prune.block) and (rows % block[0] or columns % block[1]):
+            found.append(
+                f"{shape} do not split into {self.prune.pattern}. Take a block that divides both, or unstructured."
+            )
+        if self.quantize and (group := self.quantize.group) and columns % group:
+            found.append(
+                f"{shape} do not split into quantization groups of {group}. Take a group that divides the inputs, or null."
+            )
+        if self.factorize and (rows % self.factorize.block or columns % self.factorize.block):
+            found.append(
+                f"{shape} do not split into diagonal blocks of {self.factorize.block}. Take one that divides both."
+            )
+        return found
+
+
+def bare(treatment: object) -> object:
+    """A treatment by itself as the mapping that `Treatments` reads; anything else as it is."""
+    field = next((name for name, kind in FIELDS.items() if type(treatment) is kind), None)
+    return {field: treatment} if field else treatment
+
+
+def _one_or_more(record: Any) -> Any:
+    if all(getattr(record, name) is None for name in type(record).model_fields):
+        raise ValueError(f"empty; give {' or '.join(type(record).model_fields)}")
+    return record
