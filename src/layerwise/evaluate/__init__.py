@@ -1,3 +1,7 @@
+import sys
+from types import ModuleType
+from typing import Any
+
 from .accuracy import Accuracy, MultipleChoice, accuracy, multiple_choice
 from .divergence import Divergence, divergence
 from .evaluation import Evaluation, evaluate
@@ -27,3 +31,13 @@ __all__ = [
     "peak_memory",
     "perplexity",
 ]
+
+
+class _Room(ModuleType):
+    """`layerwise.evaluate` is this package and also the function users call: importing a submodule would hide the function."""
+
+    def __call__(self, *args: Any, **options: Any) -> Evaluation:
+        return evaluate(*args, **options)
+
+
+sys.modules[__name__].__class__ = _Room
