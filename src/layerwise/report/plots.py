@@ -1,0 +1,128 @@
+"""Pictures of plans as PNG files. matplotlib comes with `layerwise[report]` and is imported only here, inside functions."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, MissingExtra, OutputError
+from ..plan import Plan
+from ..structure.parts import Layer
+from .depth import WHOLE_BLOCK, Depth, by_depth
+
+# Okabe & Ito's colours, which colour-blind readers can tell apart; markers tell lines apart in grey
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#666666")
+_MARKERS = "os^Dv<>Ph*X"
+_MOST_TICKS = 16
+
+
+def plot_sparsities(plans: Mapping[str, Plan], layers: Sequence[Layer], path: str | Path) -> Path:
+    """Draw a panel per plan: sparsity by block, a line per role, the plan's own mean dashed. Writes a PNG, replacing `path`.
+
+    Raises ConfigError if no plan prunes any of these layers, MissingExtra without matplotlib, OutputError if it cannot be written.
+    """
+    depths = {name: depth for name, plan in plans.items() if (depth := by_depth(plan, layers)).lines}
+    if not depths:
+        raise ConfigError("plot_sparsities: none of the plans prunes any of these layers. Give plans of this model.")
+    figure_class, canvas_class = _matplotlib()
+    across = 2 if len(depths) == 4 else min(len(depths), 3)
+    down = math.ceil(len(depths) / across)
+    wide = len(next(iter(depths.values())).columns) > 40
+    figure = figure_class(
+        figsize=((7.5 if wide or across == 1 else 4.6) * across, 3.3 * down + 0.9), layout="constrained"
+    )
+    canvas_class(figure)
+    panels = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
+    styles = _styles(depths)
+    for panel, (name, depth) in zip(panels, depths.items(), strict=False):
+        _draw(panel, depth, styles)
+        mean = plans[name].achieved_sparsity(layers)
+        panel.axhline(mean, color="#444444", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        panel.set_title(f"{name}  ·  mean {mean:.1%}", fontsize=11, loc="left")
+    for number, panel in enumerate(panels):
+        if number % across == 0:
+            panel.set_ylabel("sparsity")
+        panel.set_visible(number < len(depths))
+    _scale(panels[0], depths)
+    _legend(figure, panels[: len(depths)])
+    return _write(figure, Path(path))
+
+
+def _draw(panel: Any, depth: Depth, styles: Mapping[str, tuple[str, str]]) -> None:
+    dense = len(depth.columns) > 24
+    for label, line in depth.lines.items():
+        colour, marker = styles[label]
+        panel.plot(
+            [column for column, _ in line],
+            [sparsity for _, sparsity in line],
+            color=colour,
+            marker=marker,
+            markersize=3.2 if dense else 5,
+            linewidth=0.8 if dense else 1.4,
+            alpha=0.8,
+            label=label,
+        )
+    step = math.ceil(len(depth.columns) / _MOST_TICKS)
+    ticks = range(0, len(depth.columns), step)
+    names = [depth.columns[tick] for tick in ticks]
+    slanted = max(len(name) for name in names) > 3 and len(names) > 4
+    panel.set_xticks(list(ticks), names, rotation=45 if slanted else 0, ha="right" if slanted else "center", fontsize=8)
+    panel.set_xlim(-0.6, len(depth.columns) - 0.4)
+    panel.set_xlabel("block, in the order of the model")
+    panel.grid(axis="y", color="#dddddd", linewidth=0.8)
+    panel.set_axisbelow(True)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)
+
+
+def _styles(depths: Mapping[str, Depth]) -> dict[str, tuple[str, str]]:
+    """One colour and marker per role, the same in every panel; a line of several roles has those of its first."""
+    names = list(dict.fromkeys(name for depth in depths.values() for name in depth.lines if name != WHOLE_BLOCK))
+    roles = list(dict.fromkeys(role for name in names for role in name.split(", ")))
+    looks = {role: (COLOURS[i % len(COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, role in enumerate(roles)}
+    return {WHOLE_BLOCK: ("#111111", "o"), **{name: looks[name.split(", ")[0]] for name in names}}
+
+
+def _scale(panel: Any, depths: Mapping[str, Depth]) -> None:
+    """One scale for all panels that shows the differences: not from zero, but never narrower than ten points."""
+    values = [sparsity for depth in depths.values() for line in depth.lines.values() for _, sparsity in line]
+    low, high = min(values), max(values)
+    room = max(0.05 * (high - low), (0.1 - (high - low)) / 2, 0.01)
+    panel.set_ylim(max(-0.02, low - room), min(1.02, high + room))
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+
+
+def _legend(figure: Any, panels: Sequence[Any]) -> None:
+    handles = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=min(len(handles), 8),
+        frameon=False,
+        fontsize=9,
+    )
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    """The figure and the Agg canvas: no window, no pyplot, no global state."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":  # installed but broken: do not tell the user to install it
+            raise
+        raise MissingExtra("a plot needs matplotlib: pip install 'layerwise[report]'.") from error
+    return Figure, FigureCanvasAgg
+
+
+def _write(figure: Any, path: Path) -> Path:
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(partial, dpi=150, format="png")
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f'output "{path}" cannot be written: {error.strerror or error}.') from error
+    return path
