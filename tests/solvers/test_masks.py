@@ -176,6 +176,14 @@ def test_wanda_without_tokens_prunes_by_magnitude_and_says_so(pattern):
     assert torch.equal(dark.keep, solved.keep)
 
 
+@pytest.mark.parametrize("compare", ["row", "layer"])
+def test_inputs_that_were_always_zero_go_first_the_smallest_weights_before(compare):
+    weight, inputs = torch.tensor([[1.0, 3, 2, 1e-3], [4, 1, 2, 1e-3]]), torch.tensor([[0.0, 0, 0, 1]])
+    solved = solve(Wanda(compare), weight, HALF, inputs)
+    assert pruned_columns(solved) == [[0, 2], [1, 2]]
+    assert pruned_columns(solve(Wanda(reference=True), weight, HALF, inputs)) == [[0, 1], [0, 1]]  # by position
+
+
 def test_error_is_the_change_of_the_outputs_where_the_gram_is_known():
     (known,) = Wanda().solve([W], statistics(X, gram=True), [HALF], [torch.Generator()])
     change = (W - known.weight).double() @ X.double().T
@@ -208,6 +216,8 @@ def test_bad_settings_and_missing_data():
         Wanda(compare="column")
     with pytest.raises(ConfigError, match="Wanda needs calibration data"):
         Wanda().solve([W], None, [HALF], [torch.Generator()])
+    with pytest.raises(SolveError, match="1 of 6 inputs are not finite"):
+        Wanda().solve([W], InputStatistics(1, torch.tensor([1, 1, 1, 1, 1, torch.nan])), [HALF], [torch.Generator()])
     with pytest.raises(ShapeError, match="6 columns does not fit statistics of 3 inputs"):
         Wanda().solve([W], InputStatistics(1, torch.ones(3)), [HALF], [torch.Generator()])
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from layerwise.errors import ShapeError
-from layerwise.solvers.select import keep_blocks, keep_lowest_out, keep_nm, keep_per_row, spread
+from layerwise.solvers.select import CHUNK, keep_blocks, keep_lowest_out, keep_nm, keep_per_row, spread
 
 torch.set_num_threads(1)
 
@@ -70,9 +70,9 @@ def test_per_row_equals_a_stable_sort_of_each(seed, columns, values, counts):
 
 def test_infinite_scores_are_ties_like_any_other():
     inf = float("inf")
-    assert keep_lowest_out(torch.tensor([inf, inf, 1.0, inf]), 2).tolist() == [True, True, False, False]
-    assert keep_lowest_out(torch.tensor([-inf, -inf, 1.0]), 1).tolist() == [True, False, True]
-    assert keep_lowest_out(torch.tensor([-inf, -inf, 1.0]), 0).all()
+    assert keep_lowest_out(torch.tensor([[inf, inf], [1.0, inf]]), 2).tolist() == [[True, True], [False, False]]
+    assert keep_per_row(torch.tensor([[-inf, -inf, 1.0]]), [1]).tolist() == [[True, False, True]]
+    assert keep_per_row(torch.tensor([[-inf, -inf, 1.0]]), [0]).all()
 
 
 @given(
@@ -86,6 +86,11 @@ def test_nm_keeps_n_of_every_m(seed, nm, values):
     keep = keep_nm(scores, n, m)
     assert (keep.reshape(5, 4, m).sum(-1) == n).all()
     assert torch.equal(keep, keep_nm_by_sort(scores, n, m))
+
+
+def test_nm_over_several_chunks():
+    scores = drawn(0, 9, CHUNK, values=3)
+    assert torch.equal(keep_nm(scores, 2, 4), keep_nm_by_sort(scores, 2, 4))
 
 
 def test_nm_that_does_not_divide_is_refused():

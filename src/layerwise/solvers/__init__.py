@@ -9,14 +9,16 @@ from ..errors import ConfigError
 from .base import Solved, Solver
 from .magnitude import Magnitude
 from .random import Random
+from .sparsegpt import SparseGPT
 from .wanda import Wanda
 
-__all__ = ["SOLVERS", "Magnitude", "Random", "Solved", "Solver", "Wanda", "solver_from"]
+__all__ = ["SOLVERS", "Magnitude", "Random", "Solved", "Solver", "SparseGPT", "Wanda", "solver_from"]
 
 SOLVERS: dict[str, type[Solver]] = {
     "magnitude": Magnitude,
     "random": Random,
     "wanda": Wanda,
+    "sparsegpt": SparseGPT,
 }
 
 

@@ -23,6 +23,8 @@ def check_compare(solver: str, compare: str) -> None:
 
 def check_weights(weights: Sequence[Tensor], inputs: InputStatistics | None) -> None:
     """Raise unless the weights are finite matrices with as many columns as the inputs have statistics."""
+    if inputs is not None and (bad := inputs.squares.numel() - int(inputs.squares.isfinite().sum())):
+        raise SolveError(f"{bad} of {inputs.squares.numel()} inputs are not finite on the calibration data.")
     for weight in weights:
         if weight.dim() != 2:
             raise ShapeError(f"a weight of shape {tuple(weight.shape)} is not a matrix of (rows, columns).")

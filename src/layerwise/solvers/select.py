@@ -3,6 +3,7 @@
 Scores may be any float but NaN. Masks are bool, True = kept.
 """
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
+
+CHUNK = 1 << 16  # groups compared at once: what the pairs of a chunk take stays in the cache
 
 
 def spread(total: int, sizes: Sequence[int]) -> list[int]:
@@ -28,8 +31,16 @@ def spread(total: int, sizes: Sequence[int]) -> list[int]:
 
 
 def keep_lowest_out(scores: Tensor, pruned: int) -> Tensor:
-    """All but the `pruned` lowest of the whole tensor. scores: any shape -> bool of that shape."""
-    return keep_per_row(scores.reshape(1, -1), [pruned]).reshape(scores.shape)
+    """All but the `pruned` lowest of a whole matrix. (rows, columns) -> bool, same shape, in any memory layout."""
+    if pruned == 0 or scores.numel() == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    by_memory = scores.T if scores.stride(0) < scores.stride(1) else scores  # the limit is the same in any order
+    limit = _order_statistics(by_memory.reshape(1, -1), torch.tensor([pruned], device=scores.device))
+    keep = scores > limit
+    if excess := int(scores.numel() - keep.sum()) - pruned:
+        ties = (scores == limit).nonzero()[:excess]  # in row-major order
+        keep[ties[:, 0], ties[:, 1]] = True
+    return keep
 
 
 def keep_per_row(scores: Tensor, pruned: Sequence[int]) -> Tensor:
@@ -74,21 +85,35 @@ def keep_nm(scores: Tensor, n: int, m: int) -> Tensor:
     if m > 16:  # the number of comparisons below grows with m * m
         flat = groups.reshape(-1, m)
         return keep_per_row(flat, [m - n] * len(flat)).reshape(rows, columns)
-    return torch.stack(keep_n_of(groups.unbind(-1), n), dim=-1).reshape(rows, columns)
+    return keep_n_of(groups.flatten(0, 1).T, n).T.reshape(rows, columns)
 
 
-def keep_n_of(scores: Sequence[Tensor], n: int) -> list[Tensor]:
-    """The n highest of len(scores), elementwise over tensors of one shape; bool masks in the same order.
+def keep_n_of(scores: Tensor, n: int) -> Tensor:
+    """The n highest of each column. scores: (m, groups) -> bool (m, groups); ties keep the lower index.
 
-    Counts for each how many beat it: a few comparisons of whole tensors, where sorting many tiny groups is slow.
+    Every pair is compared once and a small matrix product counts how many beat each: a handful of operations on whole tensors,
+    where sorting many tiny groups is slow.
     """
-    ranks = [torch.zeros_like(score, dtype=torch.int8) for score in scores]
-    for low, first in enumerate(scores):
-        for high in range(low + 1, len(scores)):
-            first_stays = first >= scores[high]  # a tie keeps the lower index
-            ranks[high] += first_stays
-            ranks[low] += ~first_stays
-    return [rank < n for rank in ranks]
+    m, groups = scores.shape
+    first, second, count, losses = _pairs(m, scores.device)
+    keep = torch.empty(m, groups, dtype=torch.bool, device=scores.device)
+    for start in range(0, groups, CHUNK):
+        here = slice(start, start + CHUNK)
+        some = scores[:, here].contiguous()
+        first_stays = (some[first] >= some[second]).float()
+        torch.lt(torch.addmm(losses, count, first_stays), n - 0.5, out=keep[:, here])
+    return keep
+
+
+@functools.lru_cache(maxsize=32)
+def _pairs(m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All pairs first < second of m, and what turns "first stays" (pairs, groups) into how many beat each: count @ it + losses."""
+    first, second = torch.triu_indices(m, m, 1, device=device)
+    pairs = torch.arange(len(first), device=device)
+    count = torch.zeros(m, len(first), device=device)
+    count[second, pairs], count[first, pairs] = 1.0, -1.0  # a pair won by its first member is lost by its second
+    losses = torch.arange(m - 1, -1, -1, device=device, dtype=torch.float32).unsqueeze(1)
+    return first, second, count, losses
 
 
 def keep_blocks(scores: Tensor, sparsity: float, block_rows: int, block_columns: int) -> Tensor:

@@ -2,8 +2,8 @@
 
 Needs column sums of squared inputs; no gradients, no update of the kept weights. Departures from the official code:
 D1 exact counts, ties keep the lower index (`reference=True` brings the official rule back). D2 the official statistic is a mean over
-sequences, ours a sum over tokens: a constant factor, which changes no mask. D3 without calibration tokens the official code prunes by
-position; here by magnitude, with a note.
+sequences, ours a sum over tokens: a constant factor, which changes no mask. D3 where inputs say nothing (no token, or
+always zero) the official code prunes by position; here by magnitude, with a note if all are so.
 """
 
 from collections.abc import Sequence
@@ -56,6 +56,8 @@ class Wanda:
         if note := why_blind(inputs):
             return [magnitude_solved(w, prune, self.compare, note) for w, prune in zip(weights, prunes, strict=True)]
         norms = inputs.squares.sqrt()
+        if not self.reference:  # inputs that were always zero rank below all others, by magnitude among themselves
+            norms = norms.clamp_min(norms.max() * 1e-20)
         keep = reference_keep_by_score if self.reference else keep_by_score
         return [
             masked(w, keep(w.abs() * norms, prune, self.compare), inputs)
