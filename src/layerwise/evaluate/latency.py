@@ -15,6 +15,8 @@ from ..errors import ConfigError
 from .logits import context_of, undisturbed
 from .protocol import Protocol, environment_of
 
+RUNS = 5  # about as many at least, however slow the model
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -92,7 +94,11 @@ class _Decode:
 
 
 def _time(run: object, threads: int, seconds: float) -> Measurement:
-    return Timer("run()", globals={"run": run}, num_threads=threads).blocked_autorange(min_run_time=seconds)
+    timer = Timer("run()", globals={"run": run}, num_threads=threads)
+    measured = timer.blocked_autorange(min_run_time=seconds)
+    if len(measured.times) < RUNS:  # one slow run fills the time, and has no spread
+        measured = timer.blocked_autorange(min_run_time=RUNS * measured.median)
+    return measured
 
 
 def _ids(model: nn.Module, length: int) -> Tensor:
