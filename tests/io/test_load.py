@@ -129,6 +129,27 @@ def test_a_hub_name_offline(monkeypatch):
     assert "the hub cannot be reached" in message("someone/surely-not-in-the-cache")
 
 
+def test_the_hub_is_never_asked_for_pickles_or_code_unless_allowed(folder, monkeypatch):
+    asked = []
+
+    def snapshot(name, *, allow_patterns, ignore_patterns):
+        asked.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert isinstance(load("someone/llama"), LlamaForCausalLM)
+    load("someone/llama", remote_code=True)
+    assert not [pattern for pattern in asked[0] if pattern.endswith((".py", ".bin", ".pt", "*"))]
+    assert "*.py" in asked[1]
+
+
+def test_demo_is_the_model_inside_the_package(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path)
+    assert "lacks its demo model" in message("demo")
+    folder.rename(tmp_path / "demo_model")
+    assert isinstance(load("demo"), LlamaForCausalLM)
+
+
 def test_a_folder_without_config(tmp_path):
     assert "no config.json" in message(tmp_path)
     (tmp_path / "transformer").mkdir()

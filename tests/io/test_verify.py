@@ -85,6 +85,14 @@ def test_what_the_stock_class_cannot_hold_is_found_and_nothing_is_left(model, tm
     assert list(tmp_path.iterdir()) == []
 
 
+def test_inputs_that_share_memory(model, folder, monkeypatch):
+    """As the fixed inputs of an encoder-decoder do, and as a batch of views may."""
+    in_this_process(monkeypatch)
+    tokens = torch.arange(20).reshape(2, 10)
+    inputs = {"input_ids": tokens[:1, :5], "attention_mask": tokens[:1, 1:6]}
+    assert verify(model, folder, loader_of(folder), inputs=inputs).difference == 0
+
+
 def test_a_process_that_fails_says_its_last_line(model, folder):
     with pytest.raises(SaveError, match=r"in a fresh process failed \(AttributeError.*AutoModelForNothing"):
         verify(model, folder, Loader("transformers", "AutoModelForNothing"))

@@ -69,7 +69,8 @@ def verify(
         }
         if inputs:
             save_file(
-                {name: value.cpu().contiguous() for name, value in inputs.items()}, f"{answers}/inputs.safetensors"
+                {name: value.cpu().contiguous().clone() for name, value in inputs.items()},
+                f"{answers}/inputs.safetensors",
             )
         _run(request, seconds)
         answer = json.loads(Path(answers, "answer.json").read_text())
