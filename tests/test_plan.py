@@ -57,7 +57,26 @@ def misfits(plan: Plan, **options: object) -> tuple[str, ...]:
 
 fractions = st.floats(0, 1)
 numbers = st.floats(allow_nan=False, allow_infinity=False)
-AWKWARD = ["0", "no", "on", "null", "1e-3", "1:20", "~", "a: b", "#", "...", "- a", "=", "<<", "2026-01-01", "a\n b"]
+AWKWARD = [
+    "0",
+    "no",
+    "on",
+    "null",
+    "1e-3",
+    "1:20",
+    "~",
+    "a: b",
+    "#",
+    "...",
+    "- a",
+    "=",
+    "<<",
+    "2026-01-01",
+    "a\n b",
+    "\x85",
+    "\u2028 a",
+    "\ufeff",
+]
 names = st.text(min_size=1) | st.sampled_from(AWKWARD)
 
 prunes = st.builds(Prune, sparsity=fractions) | st.sampled_from(

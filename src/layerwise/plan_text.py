@@ -99,7 +99,8 @@ def _flow(value: Any) -> str:
         return text.removesuffix("\n").removesuffix("\n...")  # a bare scalar ends its document with "..."
 
     text = dump(None)
-    return dump('"') if "\n" in text else text  # double quotes write a line break as \n
+    # double quotes write every kind of line break as an escape
+    return dump('"') if len(text.splitlines()) > 1 else text
 
 
 def _parse_json(text: str) -> Any:
