@@ -10,7 +10,7 @@ PYTEST_FLAGS ?=
 
 BIN := $(VENV)/bin
 # constraints in the one command that installs everything: no second step can replace torch by another build
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --constraint constraints.txt --editable
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) --constraint constraints.txt --editable
 # one thread per test process: two processes share two cores without standing in each other's way
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
@@ -57,10 +57,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing into $(VENV): a few minutes the first time, never again until pyproject.toml changes.'
 	$(INSTALL) '.[report]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing with the development tools into $(VENV): a few minutes the first time.'
 	$(INSTALL) '.[dev]'
 	@touch $@ $(VENV)/.installed
 

@@ -1,0 +1,95 @@
+"""Every example runs: those that need a language model on the one inside the package, the others on their own."""
+
+import importlib.util
+import math
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from models import DECODER
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from layerwise.io.places import model_folder
+from layerwise.plan import Plan
+from layerwise.structure import structure_of
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+DEMO = Path(__file__).resolve().parents[1] / "src" / "layerwise" / "demo_model" / "config.json"
+needs_demo = pytest.mark.skipif(not DEMO.exists(), reason="the demo model is not in the package yet")
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tiny(blocks: int) -> LlamaForCausalLM:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**{**DECODER, "num_hidden_layers": blocks})).eval()
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.35, 0.5, 0.97])
+def test_my_method_meets_the_budget_and_rises_with_depth(sparsity: float):
+    model = tiny(5)
+    structure = structure_of(model)
+    plan = example("my_method").Ramp(sparsity=sparsity).plan(model)
+    plan.check(structure.layers)
+    total = sum(layer.size for layer in structure.layers)
+    assert sum(plan.zeros(structure.layers).values()) == round(sparsity * total)
+    zeros = plan.zeros(structure.layers)
+    by_block = [
+        sum(zeros.get(layer.name, 0) for layer in block.layers) / sum(layer.size for layer in block.layers)
+        for block in structure.blocks
+    ]
+    assert all(early <= late + 1e-3 for early, late in zip(by_block, by_block[1:], strict=False))
+    assert Plan.from_text(plan.to_yaml()) == plan  # the settings are plain values
+
+
+def test_my_method_worked_by_hand():
+    """Two blocks of equal size: the first has score 1, the second 0, so they lie `spread` below and above the mean."""
+    structure = structure_of(tiny(2))
+    plan = example("my_method").Ramp(sparsity=0.5, spread=0.1).plan(tiny(2), structure=structure)
+    for block, sparsity in zip(structure.blocks, (0.4, 0.6), strict=True):
+        for layer in block.layers:
+            prune = plan.layers[layer.name].prune
+            assert prune
+            assert prune.sparsity == pytest.approx(sparsity, abs=1 / layer.size)
+
+
+def test_my_method_runs_as_a_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tiny(3).save_pretrained(tmp_path)
+    example("my_method").main(str(tmp_path), "0.25")
+    assert "25.0000% of the pruned layers" in capsys.readouterr().out
+
+
+def test_own_data_looking_at_inputs_helps():
+    errors = example("own_data").main()
+    assert errors["sparsegpt"] < errors["wanda"] < errors["magnitude"]
+
+
+@needs_demo
+def test_compress_in_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert model_folder("demo") == DEMO.parent
+    cost = example("compress_in_python").main(str(tmp_path / "out"), length=128)
+    out = capsys.readouterr().out
+    assert "60.0000% of the pruned layers" in out
+    assert "loaded back from out" in out
+    assert 0 < cost.kl < math.inf
+    assert cost.perplexity > cost.dense_perplexity
+    assert Plan.load(tmp_path / "out" / "plan.yaml").method["name"] == "owl"
+
+
+@needs_demo
+def test_edit_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    edited = example("edit_a_plan").main(str(tmp_path))
+    assert "60.0000% zeros" in capsys.readouterr().out
+    assert Plan.load(tmp_path / "edited.yaml") == edited
+    gentle = {name for name, t in edited.layers.items() if t.prune and t.prune.sparsity == 0.3}
+    assert gentle
+    assert all(name.endswith(("down_proj", "v_proj")) for name in gentle)
