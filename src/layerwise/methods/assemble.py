@@ -1,0 +1,97 @@
+"""From sparsities to a plan, and the facts about a model that methods share."""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from ..allocate import Bound, exact_counts, sparsities_of
+from ..errors import ModelError, SelectionError
+from ..plan import Budget, ModelFacts, Plan, Prune
+from ..structure import Layer, Structure, structure_of
+from .base import Method
+
+
+def found(model: nn.Module, structure: Structure | None) -> Structure:
+    """The structure given, or that of the model. Raises ModelError if no layer is up for compression."""
+    structure = structure_of(model) if structure is None else structure
+    if not structure.layers:
+        raise ModelError(
+            f"{type(model).__name__}: no layer is up for compression: it has no repeated blocks, or all of it is excluded."
+            ' Name its layers with include (--include "*").'
+        )
+    return structure
+
+
+def plan_of(
+    method: Method,
+    model: nn.Module,
+    structure: Structure,
+    sparsity: float,
+    sparsities: Mapping[str, float],
+    low: Bound = 0.0,
+    high: Bound = 1.0,
+    scores: Mapping[str, float] | None = None,
+) -> Plan:
+    """The plan that prunes every layer of `structure`, unstructured, by whole weights that meet `sparsity` to the last.
+
+    sparsities: layer name -> sparsity, mean `sparsity` by weight, within low and high. Raises BudgetError otherwise.
+    """
+    sizes = sizes_of(structure)
+    counts = exact_counts(sparsities, sizes, sparsity, low, high)
+    prunes = {name: Prune(sparsity=exact) for name, exact in sparsities_of(counts, sizes).items()}
+    return plan_with(method, model, structure, sparsity, prunes, scores)
+
+
+def plan_with(
+    method: Method,
+    model: nn.Module,
+    structure: Structure,
+    sparsity: float,
+    prunes: Mapping[str, Prune],
+    scores: Mapping[str, float] | None = None,
+) -> Plan:
+    """The plan with these treatments, the model's facts and the sparsity it achieves."""
+    name = str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
+    if Path(name).is_absolute() or Path(name).is_dir():  # a plan is for every machine: not where it lies on this one
+        name = Path(name).resolve().name
+    plan = Plan(
+        model=ModelFacts(name=name, parameters=structure.parameters, fingerprint=structure.fingerprint),
+        method=method,
+        budget=Budget(sparsity=sparsity),
+        layers=dict(prunes),
+        scores=dict(scores or {}),
+    )
+    return plan.with_achieved(structure.layers)
+
+
+def sizes_of(structure: Structure) -> dict[str, int]:
+    """Layer name -> weights, in the order of the structure."""
+    return {layer.name: layer.size for layer in structure.layers}
+
+
+def shape_of(layer: Layer) -> tuple[int, ...]:
+    """(out, in, kernel...) of one of the layer's matrices; of a convolution (out, in/groups, kernel...) as it is stored."""
+    return layer.shape if layer.kind == "conv" else (layer.rows, layer.columns)
+
+
+def in_order(model: nn.Module, structure: Structure) -> list[Layer]:
+    """Its layers in the order of the model, those outside blocks at their place: the best that is known of the order they run in."""
+    position = {name: index for index, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
+    return sorted(structure.layers, key=lambda layer: position[layer.parameter])
+
+
+def last_of(model: nn.Module, structure: Structure) -> Layer:
+    """The head where it is up for compression, else the last layer in the order of the model."""
+    layers = in_order(model, structure)
+    return next((layer for layer in reversed(layers) if layer.role == "head"), layers[-1])
+
+
+def named(structure: Structure, name: str) -> str:
+    """The name itself. Raises SelectionError, offering the nearest, if no layer up for compression has it."""
+    names = [layer.name for layer in structure]
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+        raise SelectionError(f'"{name}" is none of the {len(names)} layers. The nearest name is "{close[0]}".')
+    return name

@@ -1,0 +1,199 @@
+"""Every method is one row, and passes the same real checks. A new method adds its row here."""
+
+import copy
+import dataclasses
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+import layerwise.errors as errors
+from layerwise.engine import compress
+from layerwise.methods import METHODS, method_from
+from layerwise.plan import Plan
+from layerwise.solvers import Magnitude
+from layerwise.structure import structure_of
+from layerwise.tasks.batches import Batches
+from models import MODELS, inputs_for
+
+
+@dataclass(frozen=True)
+class Row:
+    method: str
+    settings: dict = field(default_factory=dict)  # beside the sparsity
+    bad: dict = field(default_factory=dict)  # settings that must be refused, and with what word
+    word: str = ""
+    highest: float = 0.9  # sparsity that every model of the table has room for
+    even: bool = False  # the same sparsity for all, up to a weight
+    caps: bool = True  # takes min_sparsity and max_sparsity
+
+
+ROWS = [
+    Row("uniform", bad={"indivisible": "skip"}, word="indivisible", even=True, caps=False),
+    Row("uniform-plus", bad={"last_density": 1.5}, word="last_density", highest=0.6, caps=False),
+    Row("er", bad={"max_sparsity": 0.2, "min_sparsity": 0.3}, word="min_sparsity"),
+    Row("erk", bad={"power": -1.0}, word="power"),
+    Row("erk-plus", bad={"dense": 3}, word="dense=3: give text", highest=0.6),
+    Row("owl", settings={"outlier_factor": 2.0}, bad={"outlier_factor": 0.5}, word="outlier_factor"),
+    Row("random", settings={"seed": 3}, bad={"spread": -0.1}, word="spread"),
+]
+SOME_MODELS = ("llama", "cifar_resnet", "mixtral", "t5", "gpt2", "phi3", "vit", "flux")
+rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.method)
+models = pytest.mark.parametrize("name", SOME_MODELS)
+
+
+def data_for(name, model):
+    return Batches(tuple(inputs_for(name, model, seed=seed) for seed in range(2)), {})
+
+
+def made(row, sparsity, **settings):
+    return method_from(row.method, sparsity=sparsity, **row.settings, **settings)
+
+
+def planned(row, name, sparsity, structure=None):
+    model = MODELS[name]()
+    return made(row, sparsity).plan(model, data_for(name, model), structure=structure)
+
+
+def test_every_method_has_its_row():
+    assert [row.method for row in ROWS] == list(METHODS)
+    for name, method in METHODS.items():
+        assert method.name == name
+        assert method.summary
+        assert "\n" not in method.summary
+        assert method.__dataclass_params__.frozen
+
+
+@rows
+@models
+def test_the_budget_is_met_exactly(row, name):
+    layers = structure_of(MODELS[name]()).layers
+    total = sum(layer.size for layer in layers)
+    for sparsity in (0.0, 0.37, 0.5, row.highest):
+        plan = planned(row, name, sparsity)
+        assert list(plan.layers) == [layer.name for layer in layers]
+        assert sum(plan.zeros(layers).values()) == round(sparsity * total)
+        assert plan.budget.sparsity == sparsity
+        assert plan.budget.achieved == round(sparsity * total) / total
+        plan.check(layers, fingerprint=structure_of(MODELS[name]()).fingerprint)
+
+
+@rows
+@models
+def test_a_second_run_gives_the_same_plan_and_the_model_is_untouched(row, name):
+    model = MODELS[name]().train()
+    before = copy.deepcopy(model.state_dict())
+    random_state = torch.get_rng_state()
+    method, data = made(row, 0.5), data_for(name, model)
+    first = method.plan(model, data)
+    assert method.plan(model, data).to_yaml() == first.to_yaml() == planned(row, name, 0.5).to_yaml()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@rows
+def test_the_plan_survives_save_and_load(row, tmp_path):
+    plan = planned(row, "llama", 0.37)
+    layers = structure_of(MODELS["llama"]()).layers
+    for ending in ("yaml", "json"):
+        plan.save(tmp_path / f"plan.{ending}")
+        loaded = Plan.load(tmp_path / f"plan.{ending}")
+        assert loaded == plan
+        assert loaded.zeros(layers) == plan.zeros(layers)
+    settings = dict(loaded.method)
+    assert method_from(settings.pop("name"), **settings) == made(row, 0.37)
+    assert loaded.model.name == "LlamaForCausalLM"
+    assert loaded.model.parameters == sum(parameter.numel() for parameter in MODELS["llama"]().parameters())
+
+
+@rows
+def test_applied_the_zeros_are_those_of_the_plan(row):
+    model = MODELS["cifar_resnet"]()
+    structure = structure_of(model, include=["*"])  # stem and head, too
+    plan = made(row, 0.5).plan(model, data_for("cifar_resnet", model), structure=structure)
+    result = compress(model, plan, solver=Magnitude(compare="layer"))
+    zeros = {layer.name: int((model.get_parameter(layer.parameter) == 0).sum()) for layer in structure}
+    assert zeros == plan.zeros(structure.layers)
+    assert result.zeros == round(0.5 * sum(layer.size for layer in structure))
+
+
+@rows
+def test_other_models_get_other_plans_but_uniform(row):
+    """A method that says uniform by another name would pass everything else."""
+    plan = planned(row, "cifar_resnet", 0.5)
+    sizes = {layer.name: layer.size for layer in structure_of(MODELS["cifar_resnet"]()).layers}
+    off = {name: abs(entry.prune.sparsity - 0.5) * sizes[name] for name, entry in plan.layers.items()}
+    assert (max(off.values()) <= 1) == row.even
+
+
+@rows
+def test_layers_left_out_stay_out(row):
+    structure = structure_of(MODELS["llama"](), exclude=["*.down_proj"])
+    plan = planned(row, "llama", 0.5, structure)
+    assert plan.layers.keys() == {layer.name for layer in structure.layers}
+    assert not any("down_proj" in name for name in plan.layers)
+    assert sum(plan.zeros(structure.layers).values()) == round(0.5 * sum(layer.size for layer in structure.layers))
+
+
+@rows
+def test_floors_and_caps_hold(row):
+    if not row.caps:
+        with pytest.raises(errors.ConfigError, match="has no setting"):
+            made(row, 0.5, max_sparsity=0.6)
+        return
+    model = MODELS["cifar_resnet"]()
+    data, structure = data_for("cifar_resnet", model), structure_of(model, include=["*"])
+    plan = made(row, 0.5, min_sparsity=0.45, max_sparsity=0.53).plan(model, data, structure=structure)
+    sparsities = [entry.prune.sparsity for entry in plan.layers.values()]
+    dense = int(row.method == "erk-plus")  # what it keeps dense has no floor
+    assert sum(value == 0 for value in sparsities) == dense
+    assert all(0.45 <= value <= 0.53 for value in sparsities if value)
+    assert len({round(value, 3) for value in sparsities if value}) > 1
+    with pytest.raises(errors.BudgetError, match=r"Raise max_sparsity to 0\.5"):
+        made(row, 0.5, max_sparsity=0.4).plan(model, data, structure=structure)
+    with pytest.raises(errors.BudgetError, match=r"Lower min_sparsity to 0\.5"):
+        made(row, 0.5, min_sparsity=0.9).plan(model, data, structure=structure)
+
+
+@rows
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.2, float("nan")])
+def test_a_sparsity_out_of_range_is_refused(row, sparsity):
+    with pytest.raises(errors.ConfigError, match="0 <= sparsity < 1"):
+        made(row, sparsity)
+
+
+@rows
+def test_bad_settings_are_refused(row):
+    with pytest.raises(errors.ConfigError, match=row.word) as caught:
+        method_from(row.method, **{**row.settings, **row.bad})
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+    with pytest.raises(errors.ConfigError, match=r'has no setting "sparsty". Did you mean "sparsity"\?'):
+        method_from(row.method, sparsty=0.5)
+
+
+@rows
+def test_a_method_that_needs_data_says_so_and_others_do_without(row):
+    model = MODELS["llama"]()
+    if METHODS[row.method].needs_data:
+        for data in (None, Batches((), {})):
+            with pytest.raises(errors.DataError, match="needs calibration data"):
+                made(row, 0.5).plan(model, data)
+    else:
+        assert made(row, 0.5).plan(model) == planned(row, "llama", 0.5)
+
+
+@rows
+def test_a_model_with_nothing_to_compress_is_refused(row):
+    model = torch.nn.Linear(4, 4)
+    data = Batches(({"input": torch.ones(1, 4)},), {})
+    with pytest.raises(errors.ModelError, match="Linear: no layer is up for compression"):
+        made(row, 0.5).plan(model, data)
+
+
+@rows
+def test_settings_are_flat_plain_values(row):
+    for value in dataclasses.asdict(METHODS[row.method]()).values():
+        assert type(value) in (int, float, str, bool)
