@@ -6,6 +6,8 @@ Names are imported when they are first used, so that importing the package is qu
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__ as __version__
+
 if TYPE_CHECKING:
     from . import methods as methods
     from . import solvers as solvers
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
     from .tasks import Batches as Batches
     from .tasks import held_out as held_out
     from .tasks import text as text
-
-__version__ = "0.1.0"
 
 _HOME = {
     "Batches": "tasks",

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from models import MODELS, inputs_for
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from layerwise.engine import Settings, compress, walk
@@ -17,6 +16,7 @@ from layerwise.plan import Plan, Prune
 from layerwise.solvers import Wanda
 from layerwise.structure import structure_of
 from layerwise.tasks.batches import Batches, call
+from models import MODELS, inputs_for
 
 STREAMABLE = ["llama", "qwen2", "gemma3", "phi3", "gpt2", "opt", "t5"]
 
@@ -58,7 +58,9 @@ def test_scores_of_a_streamed_model_are_those_of_the_whole_one(tmp_path):
     data = Batches((inputs_for("llama", whole),), {})
     streamed = load_streamed(tmp_path)
     for (_, a), (_, b) in zip(
-        collect_dense(whole, structure_of(whole), data), collect_dense(streamed, structure_of(streamed), data), strict=True
+        collect_dense(whole, structure_of(whole), data),
+        collect_dense(streamed, structure_of(streamed), data),
+        strict=True,
     ):
         assert all(torch.equal(a[name][0].squares, b[name][0].squares) for name in a)
 
@@ -79,7 +81,9 @@ def test_a_streamed_model_needs_a_work_folder(tmp_path):
     whole.save_pretrained(tmp_path)
     streamed = load_streamed(tmp_path)
     with pytest.raises(ConfigError, match="work folder"):
-        compress(streamed, half(structure_of(streamed)), solver=Wanda(), data=Batches((inputs_for("llama", whole),), {}))
+        compress(
+            streamed, half(structure_of(streamed)), solver=Wanda(), data=Batches((inputs_for("llama", whole),), {})
+        )
 
 
 def test_files_with_other_names_are_refused(tmp_path):
@@ -119,7 +123,12 @@ print(json.dumps(status("VmHWM") - base))
 def test_memory_stays_near_one_block(tmp_path):
     """Weights are 20 blocks. What may be resident: a block, its rows while they are solved, the shard being written."""
     config = LlamaConfig(
-        vocab_size=256, hidden_size=384, intermediate_size=1536, num_hidden_layers=20, num_attention_heads=6, num_key_value_heads=6
+        vocab_size=256,
+        hidden_size=384,
+        intermediate_size=1536,
+        num_hidden_layers=20,
+        num_attention_heads=6,
+        num_key_value_heads=6,
     )
     model = LlamaForCausalLM(config)
     model.save_pretrained(tmp_path / "dense")
@@ -131,7 +140,10 @@ def test_memory_stays_near_one_block(tmp_path):
     for how in ("streamed", "whole"):
         (tmp_path / how).mkdir()
         run = subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(tmp_path / "dense"), str(tmp_path / how), how], capture_output=True, text=True, check=True
+            [sys.executable, "-c", SCRIPT, str(tmp_path / "dense"), str(tmp_path / how), how],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         used[how] = json.loads(run.stdout.splitlines()[-1])
     assert used["streamed"] < 0.6 * weights, used

@@ -52,7 +52,7 @@ def solve_group(
             matrices = [weight[index] for weight in weights]
             generators = [generator_for(seed, f"{layer.name}:{index}") for layer in group.layers]
             solved.append(solver.solve(matrices, inputs, [share[index] for share in shares], generators))
-            sizes.append([_output_size(matrix, inputs) for matrix in matrices])
+            sizes.append(_output_sizes(matrices, inputs))
             for target, one in zip(new, solved[-1], strict=True):
                 target[index] = one.weight
     except LayerwiseError as error:  # a solver does not know which layer it works on
@@ -89,11 +89,13 @@ def _or_none_seen(
     return inputs
 
 
-def _output_size(weight: Tensor, inputs: InputStatistics | None) -> float | None:
-    """||W X||^2 over the calibration tokens, where the second moments are known."""
+def _output_sizes(weights: Sequence[Tensor], inputs: InputStatistics | None) -> list[float | None]:
+    """||W X||^2 over the calibration tokens for each matrix, where the second moments are known."""
     if inputs is None or inputs.gram is None:
-        return None
-    return float(((weight @ inputs.gram) * weight).sum())
+        return [None] * len(weights)
+    stacked = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
+    rows = ((stacked @ inputs.gram) * stacked).sum(1)
+    return [float(part.sum()) for part in torch.split(rows, [len(weight) for weight in weights])]
 
 
 def _event(

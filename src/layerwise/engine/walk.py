@@ -20,6 +20,7 @@ from ..plan import Plan, Prune
 from ..solvers.base import Solver
 from ..structure import Layer, Structure, structure_of
 from ..tasks.batches import Batch, Batches, call
+from ..version import __version__
 from .events import BlockFinished, BlockStarted, Event, LayerSolved
 from .ranks import Ranks
 from .solving import solve_groups
@@ -76,6 +77,12 @@ def walk(
     units = units_of(model, structure, prunes)
     if solver.needs != "none" and prunes and (data is None or len(data) == 0):
         raise DataError(f'solver "{solver.name}" needs calibration data; "magnitude" needs none.')
+    kinds = {layer.name: layer.kind for layer in structure.layers}
+    if solver.needs != "none" and (blind := [n for n in prunes if kinds[n] in ("embedding", "table")]):
+        raise PlanError(
+            f'plan: layer "{blind[0]}" multiplies no input, so solver "{solver.name}" has nothing to look at ({len(blind)} such'
+            ' layers). Leave it out, or use "magnitude" or "random".'
+        )
     ranks = Ranks.current()
     if store_of(model) is not None and not settings.work:
         raise ConfigError("a streamed model needs a work folder to keep its finished blocks in: Settings(work=...).")
@@ -113,7 +120,6 @@ def run_key(
     model: nn.Module, plan: Plan, solver: Solver, data: Batches | None, settings: Settings, structure: Structure
 ) -> dict[str, str]:
     """Everything that the result depends on, in a form that shows what differs."""
-    from .. import __version__
 
     weights = hashlib.sha256(structure.fingerprint.encode())
     if (store := store_of(model)) is not None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import ConfigError, SaveError
@@ -46,7 +46,13 @@ class Work:
     def write(self, block: str, tensors: Mapping[str, Tensor], events: Sequence[LayerSolved]) -> None:
         """tensors: full parameter name -> weight."""
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_whole(self.path(block), save(whole, metadata={"format": "pt"}))
+        partial = self.path(block).with_suffix(".partial")
+        try:
+            save_file(whole, partial, metadata={"format": "pt"})
+            _to_disk(partial, self.path(block))
+        except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
+            partial.unlink(missing_ok=True)
+            raise SaveError(f"{self.path(block)}: cannot write: {error}.") from error
         report = [dataclasses.asdict(event) for event in events]
         write_whole(self.path(block).with_suffix(".json"), json.dumps(report).encode())
 
@@ -69,11 +75,15 @@ def write_whole(path: Path, content: bytes) -> None:
     """The file has all of `content` or is not there, also after a power cut. Raises SaveError (disk full, no permission)."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        partial.write_bytes(content)
+        _to_disk(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise SaveError(f"{path}: cannot write {len(content)} bytes: {error.strerror}.") from error
+
+
+def _to_disk(partial: Path, path: Path) -> None:
+    """Only a file whose bytes are on the disk gets its name."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -6,6 +6,7 @@ there afterwards; `save_streamed` copies block after block into the new folder. 
 and the activations of the paused passes.
 """
 
+import ctypes
 import hashlib
 import json
 import shutil
@@ -47,6 +48,7 @@ class BlockFiles:
         """Back to the meta device."""
         for name in self.names.get(block, []):
             _set(self.model, name, _get(self.model, name).to("meta"))
+        _return_free_memory()
 
     def replace(self, block: str, file: Path) -> None:
         """From now on the block's tensors are those of this file, where it has them."""
@@ -175,6 +177,14 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def _return_free_memory() -> None:
+    """Ask glibc to give freed pages back: without it, fragments of the blocks gone by add up to the whole model."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):  # another C library, which keeps its own ways
+        return
 
 
 def _in_block(name: str, blocks: list[str]) -> bool:

@@ -35,10 +35,14 @@ class InputStatistics:
             )
 
 
+_ENOUGH_ROWS = 1024  # fewer are kept until there are so many: a product of few rows is bound by reading the sum
+
+
 class Accumulator:
     """Adds up the statistics of one matrix, batch by batch, in float32 on the device where the rows are.
 
     Sums of squares are carried over batches in float64: it costs nothing and makes the order of batches immaterial.
+    On the CPU X^T X is left to numpy, whose BLAS computes one triangle of it (syrk) in about 0.6 of the time of a full product.
     """
 
     def __init__(self, columns: int, need: Need, device: torch.device) -> None:
@@ -46,18 +50,41 @@ class Accumulator:
         # MPS has no float64
         wide = torch.float32 if device.type == "mps" else torch.float64
         self.squares = torch.zeros(columns, dtype=wide, device=device)
-        self.gram = torch.zeros(columns, columns, device=device) if need == "gram" else None
+        self._gram = torch.zeros(columns, columns, device=device) if need == "gram" else None
+        self._waiting: list[Tensor] = []
+
+    @property
+    def gram(self) -> Tensor | None:
+        """(columns, columns), all rows so far counted; None when only squares were asked for."""
+        if self._gram is not None and self._waiting:
+            self._add_products(torch.cat(self._waiting))
+            self._waiting = []
+        return self._gram
 
     def add(self, rows: Tensor) -> None:
         """rows: (tokens, columns), any floating dtype."""
-        rows = rows.float()
+        rows = rows.detach().float()
         self.tokens += rows.shape[0]
-        if self.gram is not None:
-            self.gram.addmm_(rows.T, rows)
-        else:
+        if self._gram is None:
             self.squares += torch.linalg.vector_norm(rows, dim=0).square_()
+            return
+        if len(rows) >= _ENOUGH_ROWS:
+            self._add_products(rows)
+            return
+        self._waiting.append(rows.clone())  # the model may write into its own activations later
+        if sum(len(some) for some in self._waiting) >= _ENOUGH_ROWS:
+            _ = self.gram
+
+    def _add_products(self, rows: Tensor) -> None:
+        assert self._gram is not None  # noqa: S101  (asked for)
+        if rows.device.type == "cpu":
+            array = rows.numpy()
+            self._gram += torch.from_numpy(array.T @ array)
+        else:
+            self._gram.addmm_(rows.T, rows)
 
     def result(self) -> InputStatistics:
-        if self.gram is not None:
-            return InputStatistics(self.tokens, self.gram.diagonal().clone(), self.gram)
+        """What was summed so far."""
+        if (gram := self.gram) is not None:
+            return InputStatistics(self.tokens, gram.diagonal().clone(), gram)
         return InputStatistics(self.tokens, self.squares.float())

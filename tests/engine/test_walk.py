@@ -1,0 +1,280 @@
+"""The walk over real (tiny) models of every architecture: exact zeros, right statistics, resume, errors."""
+
+import copy
+import dataclasses
+import json
+from typing import ClassVar
+
+import pytest
+import torch
+
+from layerwise.engine import BlockFinished, BlockStarted, LayerSolved, Settings, compress, walk
+from layerwise.errors import ConfigError, DataError, PlanError, SolveError, StatisticsError, WalkError
+from layerwise.passes import collect_dense
+from layerwise.plan import Budget, Plan, Prune
+from layerwise.solvers import Magnitude, Random, SparseGPT, Wanda
+from layerwise.solvers.base import Solved
+from layerwise.structure import as_matrices, parameter_of, structure_of
+from layerwise.tasks.batches import Batches
+from models import MODELS, inputs_for
+
+
+def plan_for(structure, sparsity=0.5):
+    layers = {layer.name: Prune(sparsity=round(sparsity * layer.size) / layer.size) for layer in structure.layers}
+    return Plan(layers=layers, budget=Budget(sparsity=sparsity))
+
+
+def data_for(name, model, count=3):
+    return Batches(tuple(inputs_for(name, model, seed=seed) for seed in range(count)), {})
+
+
+def setup(name="llama", sparsity=0.5):
+    model = MODELS[name]().eval()
+    structure = structure_of(model)
+    return model, structure, plan_for(structure, sparsity), data_for(name, model)
+
+
+def weights(model, structure):
+    return {layer.name: parameter_of(model, layer).detach().clone() for layer in structure.layers}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a | b)
+
+
+@pytest.mark.parametrize("solver", [Wanda(), SparseGPT()], ids=lambda solver: solver.name)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_architecture_gets_exactly_the_zeros_of_its_plan(name, solver):
+    model, structure, plan, data = setup(name, 0.6)
+    before = weights(model, structure)
+    result = compress(model, plan, solver=solver, data=data)
+    planned = plan.zeros(structure.layers)
+    assert {event.layer: event.zeros for event in result.layers} == planned
+    for layer in structure.layers:
+        weight = parameter_of(model, layer)
+        assert int((weight == 0).sum()) == planned[layer.name]
+        if solver.name == "wanda":  # it changes nothing that it keeps
+            assert torch.equal(weight[weight != 0], before[layer.name][weight != 0])
+    others = {name for name, _ in model.named_parameters()} - {layer.parameter for layer in structure.layers}
+    untouched = dict(MODELS[name]().named_parameters())
+    assert all(torch.equal(dict(model.named_parameters())[other], untouched[other]) for other in others)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorder:
+    """Zeroes nothing but the first weight of each row, and keeps what it was shown."""
+
+    name: ClassVar[str] = "recorder"
+    needs: ClassVar[str] = "gram"
+    seen: list = dataclasses.field(default_factory=list)
+
+    def solve(self, weights, inputs, prunes, generators):
+        self.seen.append((len(weights), inputs.gram.clone()))
+        solved = []
+        for weight in weights:
+            new = weight.clone()
+            new[:, 0] = 0
+            solved.append(Solved(new, new != 0))
+        return solved
+
+
+def test_a_block_is_measured_behind_compressed_blocks_and_layers_of_one_input_are_solved_together():
+    model, structure, plan, data = setup()
+    solver = Recorder()
+    compress(model, plan, solver=solver, data=data)
+    assert [count for count, _ in solver.seen] == [3, 1, 2, 1] * 2  # qkv, o, gate and up, down
+    # `model` is now compressed: statistics of block 1 behind block 0 as it now is, with block 1 itself still dense
+    half = MODELS["llama"]().eval()
+    half.model.layers[0].load_state_dict(model.model.layers[0].state_dict())
+    second = [entry for block, entry in collect_dense(half, structure, data, "gram") if block.index == 1][0]
+    assert torch.allclose(solver.seen[4][1], second["model.layers.1.self_attn.q_proj"][0].gram, rtol=1e-5)
+    assert torch.allclose(solver.seen[7][1], second["model.layers.1.mlp.down_proj"][0].gram, rtol=1e-5)
+
+
+def test_propagate_dense_measures_the_untouched_model():
+    model, structure, plan, data = setup()
+    dense = {}
+    for _, entry in collect_dense(model, structure, data, "gram"):
+        dense |= entry
+    solver = Recorder()
+    result = compress(model, plan, solver=solver, data=data, settings=Settings(propagate="dense"))
+    assert torch.allclose(solver.seen[7][1], dense["model.layers.1.mlp.down_proj"][0].gram, rtol=1e-5)
+    assert result.seconds["propagate"] < result.seconds["collect"]
+
+
+def test_relative_error_is_what_it_says():
+    model, structure, plan, data = setup()
+    dense = copy.deepcopy(model)
+    result = compress(model, plan, solver=SparseGPT(), data=data, settings=Settings(propagate="dense"))
+    statistics = {}
+    for _, entry in collect_dense(dense, structure, data, "gram"):
+        statistics |= entry
+    for event in result.layers:
+        layer = structure.layer(event.layer)
+        old, new = (as_matrices(parameter_of(m, layer).detach(), layer)[0].double() for m in (dense, model))
+        gram = statistics[layer.name][0].gram.double()
+        change = ((old - new) @ gram * (old - new)).sum() / ((old @ gram) * old).sum()
+        assert event.error == pytest.approx(float(change), rel=1e-3)
+
+
+@pytest.mark.parametrize("solver", [Wanda(), SparseGPT(), Magnitude(), Random()], ids=lambda solver: solver.name)
+@pytest.mark.parametrize("name", ["llama", "t5", "mixtral"])
+def test_a_killed_run_goes_on_and_ends_in_the_same_bits(tmp_path, name, solver):
+    model, structure, plan, data = setup(name)
+    compress(model, plan, solver=solver, data=data)
+    expected = weights(model, structure)
+    broken = MODELS[name]().eval()
+    for event in walk(broken, plan, solver, data, settings=Settings(work=str(tmp_path / "work"))):
+        if isinstance(event, LayerSolved) and event.layer.startswith(structure.blocks[1].name):
+            break  # killed in the middle of the second block
+    again = MODELS[name]().eval()
+    events = list(walk(again, plan, solver, data, settings=Settings(work=str(tmp_path / "work"))))
+    finished = [event for event in events if isinstance(event, BlockFinished)]
+    assert finished[0].resumed
+    assert not finished[-1].resumed
+    assert same(weights(again, structure), expected)
+    assert {e.layer for e in events if isinstance(e, LayerSolved)} == {layer.name for layer in structure.layers}
+    third = MODELS[name]().eval()  # everything is there: nothing is solved again
+    assert all(
+        e.resumed
+        for e in walk(third, plan, solver, data, settings=Settings(work=str(tmp_path / "work")))
+        if isinstance(e, BlockFinished)
+    )
+    assert same(weights(third, structure), expected)
+
+
+def test_a_work_folder_of_another_run_is_refused_with_the_difference(tmp_path):
+    model, _, plan, data = setup()
+    compress(model, plan, solver=Wanda(), data=data, settings=Settings(work=str(tmp_path)))
+    fresh = MODELS["llama"]().eval()
+    with pytest.raises(ConfigError, match=r"another run \(seed: 0 then, 1 now\)"):
+        compress(fresh, plan, solver=Wanda(), data=data, settings=Settings(work=str(tmp_path), seed=1))
+    with torch.no_grad():
+        fresh.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(ConfigError, match=r"another run \(model"):
+        compress(fresh, plan, solver=Wanda(), data=data, settings=Settings(work=str(tmp_path)))
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path):
+    model, _, plan, data = setup()
+    compress(model, plan, solver=Wanda(), data=data, settings=Settings(work=str(tmp_path)))
+    file = tmp_path / "blocks" / "model.layers.0.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ConfigError, match="damaged"):
+        compress(MODELS["llama"]().eval(), plan, solver=Wanda(), data=data, settings=Settings(work=str(tmp_path)))
+
+
+def test_events_tell_every_block_and_layer_in_order():
+    model, structure, plan, data = setup()
+    events = list(walk(model, plan, Wanda(), data))
+    blocks = [block.name for block in structure.blocks]
+    assert [event.block for event in events if isinstance(event, BlockStarted)] == blocks
+    finished = [event for event in events if isinstance(event, BlockFinished)]
+    assert [(event.index, event.total) for event in finished] == [(0, 2), (1, 2)]
+    assert {event.layer for event in events if isinstance(event, LayerSolved)} == set(plan.layers)
+
+
+def test_an_expert_without_tokens_is_pruned_by_magnitude_and_named():
+    model, structure, plan, data = setup("mixtral")
+    one_token = Batches(tuple({"input_ids": batch["input_ids"][:1, :1]} for batch in data[:1]), {})
+    result = compress(model, plan, solver=Wanda(), data=one_token)
+    notes = [note for note in result.notes if "experts" in note]
+    assert len(notes) == 2 * 2 * 2  # 2 of 4 experts are routed to: the others of 2 layers in 2 blocks are named
+    assert all("magnitude" in note and "expert " in note for note in notes)
+    layer = next(layer for layer in structure.layers if layer.kind == "experts")
+    dense = as_matrices(parameter_of(MODELS["mixtral"](), layer).detach(), layer)
+    new = as_matrices(parameter_of(model, layer).detach(), layer)
+    for note in notes:
+        if note.startswith(layer.name):
+            expert = int(note.split("expert ")[1].split(":")[0])
+            kept = new[expert] != 0
+            for row, keep in zip(dense[expert].abs(), kept):
+                assert row[keep].min() >= row[~keep].max()
+
+
+def test_layers_outside_blocks_can_be_asked_for():
+    model = MODELS["cifar_resnet"]().eval()
+    structure = structure_of(model, include=["*"])
+    outside = {layer.name for layer in structure.outside}
+    assert outside
+    plan = Plan(layers={name: Prune(sparsity=0.5) for name in sorted(outside)})
+    result = compress(model, plan, solver=SparseGPT(), data=data_for("cifar_resnet", model))
+    assert {event.layer for event in result.layers} == outside
+    assert result.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_seed_decides_and_names_keep_streams_apart():
+    model, structure, plan, _ = setup()
+    other = copy.deepcopy(model)
+    third = copy.deepcopy(model)
+    compress(model, plan, solver=Random())
+    compress(other, plan, solver=Random())
+    compress(third, plan, solver=Random(), settings=Settings(seed=1))
+    a, b, c = (weights(m, structure) for m in (model, other, third))
+    assert same(a, b)
+    assert not same(a, c)
+    first, second = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
+    assert not torch.equal(a[first] == 0, a[second] == 0)
+
+
+def test_global_random_state_is_left_alone():
+    model, _, plan, data = setup()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    compress(model, plan, solver=SparseGPT(), data=data)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_bad_requests_are_refused_before_any_work():
+    model, structure, plan, data = setup()
+    before = weights(model, structure)
+    with pytest.raises(DataError, match="needs calibration data"):
+        compress(model, plan, solver=Wanda())
+    with pytest.raises(PlanError, match="quantize cannot be applied"):
+        quantize = Plan.model_validate(
+            {"layers": {"model.layers.0.mlp.up_proj": {"quantize": {"bits": 4, "group": 32}}}}
+        )
+        compress(model, quantize, solver=Wanda(), data=data)
+    with pytest.raises(PlanError, match=r'Did you mean "model.layers.0.mlp.gate_proj"'):
+        compress(model, Plan(layers={"model.layers.0.mlp.gate": Prune(sparsity=0.5)}), solver=Wanda(), data=data)
+    with pytest.raises(PlanError, match="multiplies no input"):
+        compress(model, Plan(layers={"model.embed_tokens": Prune(sparsity=0.5)}), solver=Wanda(), data=data)
+    with pytest.raises(ConfigError, match="propagate"):
+        Settings(propagate="sparse")
+    assert same(weights(model, structure), before)
+
+
+def test_failures_name_the_layer():
+    model, _, plan, data = setup()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
+    with pytest.raises((SolveError, StatisticsError), match=r"model\.layers\.1\.mlp\.(up|gate|down)_proj"):
+        compress(model, plan, solver=Wanda(), data=data)
+
+
+def test_a_block_that_no_batch_reaches_is_an_error():
+    model, _, plan, data = setup("llava")
+    text_only = Batches(tuple({"input_ids": batch["input_ids"][:, -1:]} for batch in data), {})
+    with pytest.raises(WalkError, match="no calibration batch reaches"):
+        compress(model, plan, solver=Wanda(), data=text_only)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_dtype_and_count(dtype):
+    model, structure, plan, data = setup()
+    model = model.to(dtype)
+    result = compress(model, plan, solver=SparseGPT(), data=data)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    for event in result.layers:
+        assert event.zeros >= plan.zeros(structure.layers)[event.layer]  # rounding to half can make a zero more
+
+
+def test_result_is_plain_values():
+    model, _, plan, data = setup()
+    result = compress(model, plan, solver=Wanda(), data=data)
+    facts = json.loads(json.dumps(result.to_dict()))
+    assert facts["sparsity"] == 0.5
+    assert facts["solver"]["name"] == "wanda"
+    assert set(facts["seconds"]) == {"collect", "solve", "propagate", "total"}
+    assert facts["data"]["hash"] == data.hash
