@@ -3,6 +3,8 @@
 from .load import check_finite, load, load_into, load_tokenizer
 from .places import model_folder
 from .save import Saved, SavedReport, needed_bytes, save, saved_report
+from .stream import load_streamed
+from .streamed import save_whole_streamed
 from .verify import Verified
 from .weights import count_zeros
 from .whole import check_output
@@ -16,9 +18,11 @@ __all__ = [
     "count_zeros",
     "load",
     "load_into",
+    "load_streamed",
     "load_tokenizer",
     "model_folder",
     "needed_bytes",
     "save",
+    "save_whole_streamed",
     "saved_report",
 ]

@@ -89,7 +89,7 @@ def save(
         report = saved_report(partial, before=before)
         verified = _verified(model, partial, target, loader, inputs) if verify else None
         saved = Saved(target, report, verified)
-        _write_records(saved, partial, plan, result, model, loader)
+        write_records(saved, partial, plan, result, model, loader)
     return saved
 
 
@@ -161,7 +161,7 @@ def _verified(
         raise SaveError(f"{target}: what was written cannot be read back: {error}") from error
 
 
-def _write_records(
+def write_records(
     saved: Saved,
     partial: Path,
     plan: Plan | None,
@@ -169,6 +169,7 @@ def _write_records(
     model: nn.Module,
     loader: Loader | None,
 ) -> None:
+    """layerwise.json, plan.yaml and the model card, beside the weights."""
     facts = {
         "class": type(model).__name__,
         "loader": f"{loader.library}.{loader.class_name}" if loader else "layerwise.io.load_into",

@@ -1,0 +1,207 @@
+"""`layerwise compare`: methods × budgets × seeds in one table, with the controls and the protocol."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .. import options
+from ..inputs import DataChoice, ModelChoice, protocol_line
+from ..screen import Screen
+from ..settings import MethodChoice, device_of, propagate_of, solver_of
+from ..tables import by_budget, results_table, write_report
+
+if TYPE_CHECKING:
+    from ...evaluate.compare import Cell, Recipe
+    from ...structure import Structure
+    from ...tasks import Batches
+
+
+def compare(
+    model: options.Model,
+    methods: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B,…", help="Methods beside the controls uniform and random.", rich_help_panel=options.HOW
+        ),
+    ] = "erk,owl",
+    sparsity: Annotated[str, typer.Option(metavar="S,T,…", help="Budgets.", rich_help_panel=options.HOW)] = "0.5",
+    seeds: Annotated[
+        int,
+        typer.Option(metavar="N", help="Draws of calibration data and of random plans.", rich_help_panel=options.HOW),
+    ] = 1,
+    pattern: options.Pattern = None,
+    set_: options.Set = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    solver: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,…",
+            help="Solvers: magnitude, random, wanda, sparsegpt.  [dim]default: wanda[/]",
+            rich_help_panel=options.HOW,
+            show_default=False,
+        ),
+    ] = None,
+    solver_set: options.SolverSet = None,
+    propagate: options.Propagate = "compressed",
+    data: options.Data = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Text to measure on.  [dim]default: the calibration source; python-docs holds modules back[/]",
+            rich_help_panel=options.DATA,
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Only the first so many tokens of that text.",
+            rich_help_panel=options.DATA,
+            show_default=False,
+        ),
+    ] = None,
+    samples: options.Samples = 128,
+    length: options.Length = None,
+    batch: options.Batch = 1,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    remote_code: options.RemoteCode = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Also write the table as .md or .html.",
+            rich_help_panel=options.OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Prune one model by several methods at the same budgets and put the results in one table.
+
+    [dim]Example:[/]  layerwise compare demo --methods erk,owl --sparsity 0.5,0.6 --seeds 3
+    """
+    import copy
+
+    from ...engine import Settings
+    from ...evaluate.compare import cells
+
+    screen = Screen(json=json, quiet=quiet)
+    _check_output(output, force)
+    choice = ModelChoice(model, dtype, tuple(include or ()), tuple(exclude or ()), remote_code)
+    recipes = _recipes(methods, sparsity, range(seed, seed + seeds), pattern, set_ or (), solver, solver_set or ())
+    settings = Settings(propagate_of(propagate), None if (where := device_of(device)).type == "cpu" else where)
+    _ = choice.bytes  # a damaged file shows before anything slow
+    source = DataChoice(data, samples, length, batch, seed)
+    drawn = {number: source.draw(choice, screen, number) for number in range(seed, seed + seeds)}
+    windows = DataChoice(held_out or source.where(choice), length=length, batch=batch).read(choice, screen, tokens)
+    loaded = choice.load(screen)
+    structure = choice.structure(loaded)
+    dense = copy.deepcopy(loaded)
+    done: list[Cell] = []
+    with screen.task("Comparing") as step:
+        for cell in cells(
+            loaded, dense, recipes, calibration=drawn.__getitem__, held_out=windows, structure=structure, settings=settings,
+            progress=lambda now: step(now.number, now.total, f"{now.recipe.name} {now.recipe.sparsity:.0%} {now.stage}"),
+        ):  # fmt: skip
+            done.append(cell)
+    _show(model, done, structure, drawn[seed], windows, output, screen)
+
+
+def _recipes(
+    methods: str, sparsity: str, seeds: Sequence[int], pattern: str | None, settings: Sequence[str], solver: str | None, solver_set: Sequence[str],
+) -> "list[Recipe]":  # fmt: skip
+    """Every cell, controls first. Raises ConfigError before anything is loaded."""
+    from ...evaluate.compare import CONTROLS, Recipe
+
+    asked = [name.strip() for name in methods.split(",") if name.strip()]
+    budgets = _numbers(sparsity)
+    solvers = [solver_of(name.strip(), solver_set) for name in (solver or "wanda").split(",")]
+    names = list(dict.fromkeys([*CONTROLS, *asked]))
+    found = []
+    for one in solvers:
+        for budget in budgets:
+            for name in names:
+                # settings are for the methods asked for; the controls have none that matter
+                choice = MethodChoice(name, budget, pattern, set=settings if name in asked else ())
+                found += [Recipe(name, choice.build(seed=seed), budget, seed, one) for seed in seeds]
+    return found
+
+
+def _numbers(text: str) -> list[float]:
+    from ...errors import ConfigError
+
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f'--sparsity "{text}": give fractions separated by commas, such as 0.5,0.6.') from error
+
+
+def _check_output(output: Path | None, force: bool) -> None:
+    from ...errors import OutputError
+
+    if output is None:
+        return
+    if output.suffix not in (".md", ".html"):
+        raise OutputError(f'output "{output}": give a name that ends in .md or .html.')
+    if output.exists() and not force:
+        raise OutputError(f'output "{output}" exists already. Give another name, or replace it: --force.')
+
+
+def _show(
+    model: str,
+    done: "list[Cell]",
+    structure: "Structure",
+    data: "Batches",
+    windows: "Batches",
+    output: Path | None,
+    screen: Screen,
+) -> None:
+    from ...evaluate.compare import rows, verdict
+
+    made, dense = rows(done), done[0].evaluation
+    protocol = {
+        "model": model,
+        "calibration": protocol_line(data),
+        "measured on": protocol_line(windows),
+        **{
+            key: value
+            for key, value in dense.protocol.items()
+            if key in ("dtype", "device", "torch", "transformers", "convention")
+        },
+    }
+    verdicts = [verdict(group) for group in by_budget(made)]
+    screen.show(results_table(made, dense.dense_perplexity or 0.0))
+    screen.show("", *verdicts, "", *(f"[dim]{key}: {value}[/]" for key, value in protocol.items()))
+    if output is not None:
+        plans = {cell.recipe.name: cell.plan for cell in done}
+        write_report(
+            output,
+            f"{model}: methods compared",
+            protocol,
+            made,
+            dense.dense_perplexity or 0.0,
+            verdicts,
+            plans,
+            structure,
+        )
+        screen.show(f"Written to {output}.")
+    screen.show_json(
+        {
+            "dense": {"perplexity": dense.dense_perplexity},
+            "cells": [cell.to_dict() for cell in done],
+            "verdicts": verdicts,
+            "protocol": protocol,
+        }
+    )

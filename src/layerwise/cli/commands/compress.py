@@ -1,0 +1,214 @@
+"""`layerwise compress`: plan (or take a plan), prune block by block, save, check what was saved."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .. import options
+from ..inputs import DataChoice, ModelChoice, protocol_line
+from ..planning import make_plan, with_facts
+from ..running import bar_of, show_notes, work_folder
+from ..screen import Screen, table
+from ..settings import MethodChoice, device_of, propagate_of, solver_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...engine import Result, Settings
+    from ...io import Saved
+    from ...plan import Plan
+    from ...solvers import Solver
+    from ...tasks import Batches
+
+
+def compress(
+    model: options.Model,
+    output: options.Out,
+    method: options.Method = None,
+    sparsity: options.Sparsity = None,
+    pattern: options.Pattern = None,
+    set_: options.Set = None,
+    min_sparsity: options.MinSparsity = None,
+    max_sparsity: options.MaxSparsity = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Apply this plan instead of making one.",
+            rich_help_panel=options.HOW,
+            show_default=False,
+        ),
+    ] = None,
+    solver: options.Solver = None,
+    solver_set: options.SolverSet = None,
+    propagate: options.Propagate = "compressed",
+    data: options.Data = None,
+    samples: options.Samples = 128,
+    length: options.Length = None,
+    batch: options.Batch = 1,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Read each block from disk for its turn: for models larger than memory.",
+            rich_help_panel=options.RUN,
+        ),
+    ] = False,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Finished blocks, to go on from after a kill.  [dim]default: OUTPUT.work[/]",
+            rich_help_panel=options.RUN,
+            show_default=False,
+        ),
+    ] = None,
+    remote_code: options.RemoteCode = False,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Prune a model and save it as a stock folder that transformers loads. Killed and started again, it goes on.
+
+    [dim]Example:[/]  layerwise compress demo --method owl --sparsity 0.6 --solver sparsegpt -o out
+    [dim]2 of every 4:[/]  layerwise compress MODEL --pattern 2:4 --data text.jsonl -o out
+    [dim]Several processes:[/]  torchrun --nproc-per-node 2 -m layerwise compress demo -o out
+    """
+    from ...engine import Ranks, Settings
+    from ...io import check_output
+    from ...plan import Plan
+
+    screen = Screen(json=json, quiet=quiet)
+    choice = ModelChoice(model, dtype, tuple(include or ()), tuple(exclude or ()), remote_code)
+    asked = MethodChoice(method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()))
+    _refuse_both(plan, asked)
+    given = Plan.load(plan) if plan is not None else None
+    built = None if given is not None else asked.build(seed=seed)
+    chosen = solver_of(solver, solver_set or (), given.solver if given is not None else None)
+    where = device_of(device)
+    ranks = Ranks.join(where)
+    check_output(output, force=force, needed=2 * choice.bytes)  # the finished blocks, and the folder made from them
+    folder = work or output.with_name(f"{output.name}.work")
+    settings = Settings(propagate_of(propagate), None if where.type == "cpu" else where, str(folder), seed)
+    drawn = None
+    if chosen.needs != "none" or (built is not None and built.needs_data):
+        drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen)
+    loaded = choice.load(screen, stream=stream)
+    structure = choice.structure(loaded)
+    if given is not None:
+        final = with_facts(given, choice, structure, chosen) if given.model is None else _with_solver(given, chosen)
+    else:
+        final = make_plan(built, choice, loaded, structure, drawn, screen, chosen)
+    job = _Job(choice, loaded, final, chosen, drawn, settings, stream)
+    with work_folder(folder, screen):
+        result = job.run(screen)
+        if ranks.rank == 0:
+            saved = job.save(output, force, result, screen)
+    if ranks.rank == 0:
+        _show(job, result, saved, screen)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that is decided before work begins."""
+
+    choice: ModelChoice
+    model: "nn.Module"
+    plan: "Plan"
+    solver: "Solver"
+    data: "Batches | None"
+    settings: "Settings"
+    stream: bool
+
+    def run(self, screen: Screen) -> "Result":
+        """The walk."""
+        from ...engine import compress as run
+
+        with screen.task(f"Pruning with {self.solver.name}") as step:
+            return run(
+                self.model,
+                self.plan,
+                solver=self.solver,
+                data=self.data,
+                settings=self.settings,
+                progress=bar_of(step),
+            )
+
+    def save(self, output: Path, force: bool, result: "Result", screen: Screen) -> "Saved":
+        """The folder, loaded back in a fresh process before it appears (streamed: read back shard by shard)."""
+        from ...errors import ModelError
+        from ...io import load_tokenizer, save, save_whole_streamed
+
+        measured = {"sparsity": result.sparsity, "seconds": result.seconds, "calibration": result.data}
+        with screen.task(f"Saving to {output} and loading it back"):
+            if self.stream:
+                return save_whole_streamed(
+                    self.model, output, plan=self.plan, result=measured, force=force, dense=self.choice.folder
+                )
+            try:
+                tokenizer = load_tokenizer(self.choice.name, remote_code=self.choice.remote_code)
+            except ModelError:  # not every model has one
+                tokenizer = None
+            return save(
+                self.model,
+                output,
+                tokenizer=tokenizer,
+                plan=self.plan,
+                result=measured,
+                force=force,
+                dense=self.choice.folder,
+            )
+
+
+def _refuse_both(plan: Path | None, asked: MethodChoice) -> None:
+    from ...errors import ConfigError
+
+    if plan is not None and asked != MethodChoice():
+        raise ConfigError(
+            "--plan says how sparse each layer gets; leave --method, --sparsity, --pattern and --set out."
+        )
+
+
+def _with_solver(plan: "Plan", solver: "Solver") -> "Plan":
+    from dataclasses import asdict
+
+    return plan.model_copy(update={"solver": {"name": solver.name, **asdict(solver)}})  # type: ignore[call-overload]
+
+
+def _show(job: _Job, result: "Result", saved: "Saved", screen: Screen) -> None:
+    show_notes(result.notes, screen)
+    seconds = result.seconds
+    rows = table("", "", left=2)
+    rows.show_header = False
+    size = sum(layer.size for layer in result.layers)
+    rows.add_row(
+        "pruned", f"{result.zeros:,} of {size:,} weights in {len(result.layers)} layers ({result.sparsity:.4%})"
+    )
+    rows.add_row("method", f"{job.plan.method.get('name', 'plan')}, solver {job.solver.name}")
+    if job.data is not None:
+        rows.add_row("data", protocol_line(job.data))
+    parts = ", ".join(f"{part} {seconds[part]:.1f}" for part in ("collect", "solve", "propagate"))
+    rows.add_row("seconds", f"{seconds['total']:.1f} ({parts})")
+    screen.show(f"[bold]{saved.folder}[/]", rows, *saved.lines())
+    screen.show_json(
+        {
+            "output": str(saved.folder),
+            "plan": job.plan.to_dict(),
+            "result": result.to_dict(),
+            "saved": {
+                "bytes": saved.report.bytes,
+                "before": saved.report.before,
+                "zeros": saved.report.zeros,
+                "values": saved.report.values,
+                "verified": saved.verified is not None,
+            },
+        }
+    )

@@ -1,0 +1,129 @@
+"""`layerwise evaluate`: what a compressed model lost, beside the dense one."""
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import options
+from ..inputs import DataChoice, ModelChoice
+from ..screen import Screen, table
+from ..settings import convention_of, device_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...evaluate import ZeroCount
+
+
+def evaluate(
+    model: options.Model,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The dense model, for divergence and agreement.",
+            rich_help_panel=options.HOW,
+            show_default=False,
+        ),
+    ] = None,
+    data: options.Data = None,
+    length: options.Length = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Only the first so many tokens of the text.",
+            rich_help_panel=options.DATA,
+            show_default=False,
+        ),
+    ] = None,
+    convention: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Of perplexity: standard, wanda (windows of the whole context) or all (the short last window counts).",
+            rich_help_panel=options.HOW,
+        ),
+    ] = "standard",
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Also time prefill and decoding.", rich_help_panel=options.HOW)
+    ] = False,
+    batch: options.Batch = 1,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    remote_code: options.RemoteCode = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Perplexity on a text, and how far the model has moved from the dense one; zeros and bytes from its files.
+
+    [dim]Example:[/]  layerwise evaluate out --against demo
+    """
+    from ...evaluate import count_zeros
+    from ...evaluate import evaluate as measure
+
+    screen = Screen(json=json, quiet=quiet)
+    where, known = device_of(device), convention_of(convention)
+    choices = {"model": ModelChoice(model, dtype, remote_code=remote_code)}
+    if against is not None:
+        choices["dense"] = ModelChoice(against, dtype, remote_code=remote_code)
+    source = data or ("python-docs" if "demo" in (model, against) else None)
+    for choice in choices.values():
+        _ = choice.bytes  # a damaged file shows before anything is loaded
+    windows = DataChoice(source, length=length, batch=batch).read(
+        choices["model"], screen, tokens, tail=convention == "all"
+    )
+    models = {name: choice.load(screen) for name, choice in choices.items()}
+    with screen.task("Evaluating") as step:
+        found = measure(
+            models["model"],
+            windows,
+            against=models.get("dense"),
+            convention=known,
+            device=where,
+            progress=step,
+        )
+    files = {name: count_zeros(choice.folder) for name, choice in choices.items()}
+    times = {name: _latency(one.to(where), screen, name) for name, one in models.items()} if latency else {}
+    rows = table(
+        "", "perplexity", "KL (nats)", "top-1 same", "zeros", "bytes", *(("prefill ms", "ms/token") if times else ())
+    )
+    figures = {"model": (found.perplexity, found.kl, found.top1), "dense": (found.dense_perplexity, 0.0, 1.0)}
+    for name, choice in reversed(choices.items()):
+        perplexity, kl, top1 = figures[name]
+        rows.add_row(
+            choice.name,
+            f"{perplexity:.3f}",
+            "–" if kl is None else f"{kl:.4f}",
+            "–" if top1 is None else f"{top1:.2%}",
+            f"{_share(files[name]):.2%}",
+            f"{files[name].bytes:,}",
+            *((f"{times[name]['prefill_ms']:.1f}", f"{times[name]['decode_ms']:.2f}") if times else ()),
+        )
+    screen.show(
+        rows, f"\n[dim]{found.tokens:,} tokens scored; {', '.join(f'{k} {v}' for k, v in found.protocol.items())}[/]"
+    )
+    screen.show_json(
+        {
+            **found.to_dict(),
+            "files": {name: {"zeros": one.total, "bytes": one.bytes} for name, one in files.items()},
+            "latency": times or None,
+        }
+    )
+
+
+def _latency(model: "nn.Module", screen: Screen, name: str) -> dict[str, Any]:
+    from ...evaluate import latency
+    from ...evaluate.logits import context_of
+
+    limit = context_of(model) or 2048
+    with screen.task(f"Timing {name}"):
+        return latency(model, prompt=min(2048, limit), context=min(128, limit // 2), new=min(128, limit // 2)).to_dict()
+
+
+def _share(counted: "ZeroCount") -> float:
+    """Zeros over values of all matrices of a saved model."""
+    sizes = {name: math.prod(shape) for name, shape in counted.shapes.items() if len(shape) > 1}
+    return sum(counted.zeros[name] for name in sizes) / max(1, sum(sizes.values()))

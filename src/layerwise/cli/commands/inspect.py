@@ -1,0 +1,104 @@
+"""`layerwise inspect`: what a model is made of."""
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import options
+from ..inputs import ModelChoice
+from ..screen import Screen, table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...structure import Layer, Structure
+
+
+def inspect(
+    model: options.Model,
+    layers: Annotated[bool, typer.Option("--layers", help="One line per layer instead of one per role.")] = False,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    remote_code: options.RemoteCode = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Show the layers of a model: names, roles, shapes, sizes, and the zeros they hold.
+
+    [dim]Example:[/]  layerwise inspect demo --layers --include '*.mlp.*'
+    """
+    screen = Screen(json=json, quiet=quiet)
+    choice = ModelChoice(model, include=tuple(include or ()), exclude=tuple(exclude or ()), remote_code=remote_code)
+    loaded = choice.load(screen)
+    structure = choice.structure(loaded)
+    zeros = _zeros(loaded, structure)
+    chosen = sum(layer.size for layer in structure.layers)
+    screen.show(
+        f"[bold]{model}[/]: {type(loaded).__name__}, {structure.parameters:,} parameters, {choice.bytes:,} bytes",
+        *(f"{len(stack.blocks)} blocks in {stack.name}" for stack in structure.stacks),
+        f"{len(structure.layers)} layers to compress: {chosen:,} weights, {chosen / structure.parameters:.1%} of the model\n",
+        _layers(structure, zeros) if layers else _roles(structure, zeros),
+        *(f"\nleft out: {count} × {reason}" for reason, count in Counter(r for _, r in structure.left_out).items()),
+    )
+    screen.show_json(_facts(model, loaded, structure, zeros))
+
+
+def _zeros(model: "nn.Module", structure: "Structure") -> dict[str, int]:
+    from ...evaluate import count_zeros
+
+    counted = count_zeros(model, {layer.parameter for layer in structure.layers}).zeros
+    return {layer.name: counted[layer.parameter] for layer in structure.layers}
+
+
+def _shape(layer: "Layer") -> str:
+    matrices = f"{layer.matrices} × " if layer.matrices > 1 else ""
+    return f"{matrices}{layer.rows} × {layer.columns}"
+
+
+def _roles(structure: "Structure", zeros: dict[str, int]) -> Any:
+    rows = table("role", "kind", "layers", "outputs × inputs", "weights", "share", "zeros", left=2)
+    groups: dict[tuple[str, str, str], list[Layer]] = {}
+    for layer in structure.layers:
+        groups.setdefault((layer.role, layer.kind, _shape(layer)), []).append(layer)
+    for (role, kind, shape), members in groups.items():
+        size = sum(layer.size for layer in members)
+        empty = sum(zeros[layer.name] for layer in members)
+        share = f"{size / structure.parameters:.1%}"
+        rows.add_row(role, kind, str(len(members)), shape, f"{size:,}", share, f"{empty / size:.1%}")
+    return rows
+
+
+def _layers(structure: "Structure", zeros: dict[str, int]) -> Any:
+    rows = table("layer", "role", "kind", "outputs × inputs", "weights", "zeros", left=3)
+    for layer in structure.layers:
+        empty = f"{zeros[layer.name] / layer.size:.1%}"
+        rows.add_row(layer.name, layer.role, layer.kind, _shape(layer), f"{layer.size:,}", empty)
+    return rows
+
+
+def _facts(name: str, model: "nn.Module", structure: "Structure", zeros: dict[str, int]) -> dict[str, Any]:
+    return {
+        "model": name,
+        "class": type(model).__name__,
+        "parameters": structure.parameters,
+        "fingerprint": structure.fingerprint,
+        "stacks": {stack.name: len(stack.blocks) for stack in structure.stacks},
+        "layers": [
+            {
+                "name": layer.name,
+                "role": layer.role,
+                "kind": layer.kind,
+                "block": layer.block,
+                "shape": list(layer.shape),
+                "matrices": layer.matrices,
+                "rows": layer.rows,
+                "columns": layer.columns,
+                "weights": layer.size,
+                "zeros": zeros[layer.name],
+            }
+            for layer in structure.layers
+        ],
+        "left_out": {layer.name: reason for layer, reason in structure.left_out},
+    }

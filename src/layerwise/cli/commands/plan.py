@@ -1,0 +1,152 @@
+"""`layerwise plan`: decide, write the decision down, change nothing."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import options
+from ..inputs import DataChoice, ModelChoice
+from ..planning import make_plan
+from ..screen import Screen, table
+from ..settings import MethodChoice
+
+if TYPE_CHECKING:
+    from ...plan import Plan
+    from ...structure import Structure
+
+MOST_BARS = 48  # a model of more blocks than this gets no chart in the terminal
+
+
+def plan(
+    model: options.Model,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="plan.yaml, or .json.",
+            rich_help_panel=options.OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
+    method: options.Method = None,
+    sparsity: options.Sparsity = None,
+    pattern: options.Pattern = None,
+    set_: options.Set = None,
+    min_sparsity: options.MinSparsity = None,
+    max_sparsity: options.MaxSparsity = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    edit: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PLAN",
+            help="Start from this plan instead of a method.",
+            rich_help_panel=options.HOW,
+            show_default=False,
+        ),
+    ] = None,
+    rebalance: Annotated[
+        bool,
+        typer.Option(
+            "--rebalance",
+            help="With --edit: shift the layers evenly until they meet the plan's budget.",
+            rich_help_panel=options.HOW,
+        ),
+    ] = False,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB",
+            help="With --rebalance: these layers stay as they are (repeatable).",
+            rich_help_panel=options.HOW,
+            show_default=False,
+        ),
+    ] = None,
+    data: options.Data = None,
+    samples: options.Samples = 128,
+    length: options.Length = None,
+    batch: options.Batch = 1,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = "auto",
+    remote_code: options.RemoteCode = False,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Decide how sparse each layer gets, and write the plan to a file that can be read, edited and applied.
+
+    [dim]Example:[/]  layerwise plan demo --method erk --sparsity 0.6 -o plan.yaml
+    [dim]After edits by hand:[/]  layerwise plan demo --edit plan.yaml --rebalance --keep '*.down_proj' -o plan2.yaml
+    """
+    from ...errors import ConfigError, OutputError
+    from ...plan import Plan
+
+    screen = Screen(json=json, quiet=quiet)
+    if output is not None and output.exists() and not force:
+        raise OutputError(f'output "{output}" exists already. Give another name, or replace it: --force.')
+    if (rebalance or keep) and edit is None:
+        raise ConfigError("--rebalance and --keep go with --edit PLAN.")
+    choice = ModelChoice(model, dtype, tuple(include or ()), tuple(exclude or ()), remote_code)
+    chosen = MethodChoice(method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()))
+    if edit is not None:
+        if method is not None or sparsity is not None:
+            raise ConfigError("--edit starts from a plan; leave --method and --sparsity out, and edit the file.")
+        made = Plan.load(edit)
+        structure = choice.structure(choice.load(screen))
+        if rebalance:
+            made = made.rebalance(structure.layers, keep or ())
+        made.check(structure.layers, blocks=[b.name for b in structure.blocks], fingerprint=structure.fingerprint)
+        made = made.with_achieved(structure.layers)
+    else:
+        built = chosen.build(seed=seed)
+        drawn = None
+        if built.needs_data:
+            drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen)
+        loaded = choice.load(screen)
+        structure = choice.structure(loaded)
+        made = make_plan(built, choice, loaded, structure, drawn, screen)
+    if output is not None:
+        made.save(output, force=force)
+    _show(made, structure, screen)
+    if output is not None:
+        screen.show(f"\nWritten to {output}. Apply it: layerwise compress {model} --plan {output} -o OUT")
+    screen.show_json({"output": None if output is None else str(output), "plan": made.to_dict()})
+
+
+def _show(made: "Plan", structure: "Structure", screen: Screen) -> None:
+    from ...report import bar_chart
+
+    zeros, sizes = made.zeros(structure.layers), {layer.name: layer.size for layer in structure.layers}
+    total = sum(sizes[name] for name in zeros)
+    screen.show(
+        f"[bold]{made.method.get('name', 'plan')}[/]: {sum(zeros.values()):,} of {total:,} weights become zero"
+        f" ({made.achieved_sparsity(structure.layers):.4%} of {len(zeros)} layers)\n"
+    )
+    blocks: dict[str, float] = {}
+    for block in structure.blocks:
+        inside = [layer.name for layer in block.layers if layer.name in zeros]
+        if inside:
+            blocks[block.name] = sum(zeros[name] for name in inside) / sum(sizes[name] for name in inside)
+    if 1 < len(blocks) <= MOST_BARS:
+        width = min(screen.out.width, 100)
+        screen.show(bar_chart(blocks, width, form=".1%", maximum=1.0, ascii_only=screen.out.encoding == "ascii"))
+    screen.show("", _by_role(structure, zeros))
+
+
+def _by_role(structure: "Structure", zeros: dict[str, int]) -> Any:
+    rows = table("role", "layers", "weights", "least sparse", "mean", "most sparse")
+    groups: dict[str, list[tuple[int, int]]] = {}
+    for layer in structure.layers:
+        if layer.name in zeros:
+            groups.setdefault(layer.role, []).append((zeros[layer.name], layer.size))
+    for role, counts in groups.items():
+        shares = [empty / size for empty, size in counts]
+        empty, size = sum(e for e, _ in counts), sum(s for _, s in counts)
+        rows.add_row(
+            role, str(len(counts)), f"{size:,}", f"{min(shares):.1%}", f"{empty / size:.1%}", f"{max(shares):.1%}"
+        )
+    return rows

@@ -1,0 +1,154 @@
+"""Models and data of a command: found and checked, cheapest first, then loaded with progress."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, DataError
+from .screen import Screen
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..structure import Structure
+    from ..tasks import Batches
+
+LONGEST = 2048  # default tokens in a window, where the model's own limit is not less
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A model as asked for."""
+
+    name: str
+    dtype: str = "auto"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    remote_code: bool = False
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where it is; fetched from the hub first if need be. Raises ModelError."""
+        from ..io import model_folder
+
+        return model_folder(self.name, remote_code=self.remote_code)
+
+    @cached_property
+    def bytes(self) -> int:
+        """Of its weight files, every header checked. Raises ModelError naming a file that is truncated or corrupt."""
+        from ..io.weights import check_file, weight_files
+
+        return sum(tensor.bytes for file in weight_files(self.folder) for tensor in check_file(file))
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json. Raises ModelError."""
+        from ..io.places import read_config
+
+        return read_config(self.folder)
+
+    def length(self, asked: int | None) -> int:
+        """Tokens in a window: as asked, else the model's longest, at most 2048. Raises ConfigError beyond the model's longest."""
+        from ..evaluate.logits import context_of
+
+        text = self.config.get("text_config")
+        limit = context_of(SimpleNamespace(config=SimpleNamespace(**(text or self.config))))  # type: ignore[arg-type]
+        if asked is not None and limit is not None and asked > limit:
+            raise ConfigError(f"--length {asked}: the model's longest input is {limit} tokens. Give at most that.")
+        return asked if asked is not None else min(LONGEST, limit or LONGEST)
+
+    def load(self, screen: Screen, *, stream: bool = False) -> "nn.Module":
+        """The model, every weight finite (where it is in memory). Raises ModelError."""
+        from ..io import check_finite, load
+        from ..io.stream import load_streamed
+
+        with screen.task(f"Loading {self.name}"):
+            if stream:
+                import torch
+
+                return load_streamed(self.name, dtype=None if self.dtype == "auto" else getattr(torch, self.dtype))
+            model = load(self.name, dtype=self.dtype, remote_code=self.remote_code)
+            check_finite(model)
+        return model
+
+    def structure(self, model: "nn.Module") -> "Structure":
+        """Its layers, as chosen by the globs. Raises SelectionError."""
+        from ..structure import structure_of
+
+        found = structure_of(model, self.include, self.exclude)
+        if not found.layers:
+            raise ConfigError(f'model "{self.name}": no layers are left to compress. Loosen --include or --exclude.')
+        return found
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """Text as asked for, of which windows are drawn (calibration) or read in order (evaluation)."""
+
+    source: str | None = None
+    samples: int = 128
+    length: int | None = None
+    batch: int = 1
+    seed: int = 0
+
+    def where(self, model: ModelChoice) -> str:
+        """The source: as asked, or python-docs for the demo model. Raises DataError if there is none."""
+        if self.source is None and model.name != "demo":
+            raise DataError(
+                "calibration data is needed: give --data FILE, such as a .txt or .jsonl of text like the model will see,"
+                " or --data python-docs."
+            )
+        source = self.source or "python-docs"
+        known = source in ("python-docs", "digits") or source.startswith("hub:")
+        if not known and not Path(source).exists():  # before anything slow
+            raise DataError(
+                f"{source}: no such data file. Give a .txt, .jsonl or .parquet file, python-docs, or hub:NAME."
+            )
+        return source
+
+    def draw(self, model: ModelChoice, screen: Screen, seed: int | None = None) -> "Batches":
+        """Calibration windows. Raises DataError, ConfigError."""
+        from ..io import load_tokenizer
+        from ..tasks import text
+
+        source, length = self.where(model), model.length(self.length)
+        tokenizer = load_tokenizer(model.name, remote_code=model.remote_code)
+        seed = self.seed if seed is None else seed
+        with screen.task(f"Reading {source}"):
+            drawn = text(source, tokenizer, samples=self.samples, length=length, batch=self.batch, seed=seed)
+        return _fitting(drawn, model)
+
+    def read(self, model: ModelChoice, screen: Screen, tokens: int | None = None, *, tail: bool = False) -> "Batches":
+        """Held-out windows in order, the first `tokens` of the text. Raises DataError, ConfigError."""
+        from ..io import load_tokenizer
+        from ..tasks import held_out
+
+        source, length = self.where(model), model.length(self.length)
+        tokenizer = load_tokenizer(model.name, remote_code=model.remote_code)
+        with screen.task(f"Reading {source}"):
+            found = held_out(source, tokenizer, length=length, tokens=tokens, batch=self.batch, tail=tail)
+        return _fitting(found, model)
+
+
+def _fitting(data: "Batches", model: ModelChoice) -> "Batches":
+    """The same data, if its token ids fit the vocabulary that config.json states: known before the weights are read."""
+    from ..tasks import check_vocabulary
+
+    words = (model.config.get("text_config") or model.config).get("vocab_size")
+    if isinstance(words, int):
+        check_vocabulary(data, words)
+    return data
+
+
+def protocol_line(data: "Batches") -> str:
+    """Where numbers come from, in one line for people."""
+    facts = data.protocol
+    parts = [
+        f"{facts.get('source')} ({facts.get('split')})",
+        f"{facts.get('samples')} × {facts.get('length')} tokens",
+        *([f"seed {facts['seed']}"] if "seed" in facts else []),
+        f"hash {data.hash}",
+    ]
+    return ", ".join(parts)

@@ -1,0 +1,84 @@
+"""The walk under the command line: a bar from its events, a work folder that outlives a kill, and what is said afterwards."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import LayerwiseError, SaveError
+from .screen import Screen, Step
+
+if TYPE_CHECKING:
+    from ..engine import Event
+
+MOST_NOTES = 8  # of one kind; --json has all
+
+
+class Stopped(KeyboardInterrupt):
+    """Interrupted by the user; the message says how to go on."""
+
+
+def bar_of(step: Step) -> Callable[["Event"], None]:
+    """What turns the walk's events into a bar: blocks done, and the block at work."""
+    from ..engine import BlockFinished, BlockStarted
+
+    def show(event: "Event") -> None:
+        if isinstance(event, BlockStarted):
+            step(event.index, event.total, event.block)
+        elif isinstance(event, BlockFinished):
+            step(event.index + 1, event.total, event.block)
+
+    return show
+
+
+def finished_blocks(work: Path) -> int:
+    """How many blocks an earlier run left finished in this work folder."""
+    return len(list((work / "blocks").glob("*.json")))
+
+
+@contextmanager
+def work_folder(work: Path, screen: Screen) -> Iterator[None]:
+    """Says when a run goes on; keeps finished blocks where going on makes sense, and removes the folder where it does not.
+
+    Kept: after an interrupt, a full disk, an unexpected error. Removed: after success, and after an error of ours, which the same
+    command would only meet again.
+    """
+    before = finished_blocks(work)
+    if before:
+        screen.say(f"Going on from {work}: {before} blocks were finished before.")
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        kept = finished_blocks(work)
+        if not kept:
+            remove(work)
+        how = (
+            f"{kept} blocks are kept in {work}: run the same command again to go on."
+            if kept
+            else "Nothing was written."
+        )
+        raise Stopped(f"stopped. {how}") from error
+    except BaseException as error:
+        hopeless = isinstance(error, LayerwiseError) and not isinstance(error, SaveError) and not before
+        if hopeless or not finished_blocks(work):
+            remove(work)
+        raise
+    remove(work)
+
+
+def remove(work: Path) -> None:
+    """Only what the engine makes: a folder that holds anything else stays, without our files."""
+    shutil.rmtree(work / "blocks", ignore_errors=True)
+    for file in (work / "run.json", *work.glob(".run.json.partial*")):
+        file.unlink(missing_ok=True)
+    if work.is_dir() and not any(work.iterdir()):
+        work.rmdir()
+
+
+def show_notes(notes: tuple[str, ...], screen: Screen) -> None:
+    """What the solvers want the user to know; long lists are cut."""
+    for note in notes[:MOST_NOTES]:
+        screen.say(f"note: {note}", style="yellow")
+    if len(notes) > MOST_NOTES:
+        screen.say(f"note: … and {len(notes) - MOST_NOTES} more (--json lists all)", style="yellow")

@@ -1,0 +1,125 @@
+"""From the words of the command line to settings, methods, solvers, devices: all checked before any work."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..engine.walk import Propagate
+    from ..evaluate.logits import Convention
+    from ..methods import Method
+    from ..solvers import Solver
+
+DEFAULT_METHOD, DEFAULT_SOLVER = "uniform", "wanda"
+
+
+@dataclass(frozen=True)
+class MethodChoice:
+    """A method as asked for: its name, the common settings, and `--set name=value`."""
+
+    name: str | None = None
+    sparsity: float | None = None
+    pattern: str | None = None
+    min_sparsity: float | None = None
+    max_sparsity: float | None = None
+    set: Sequence[str] = ()
+
+    def build(self, name: str | None = None, **more: Any) -> "Method":
+        """The method, `more` added where it has such settings. Raises ConfigError for an unknown name or setting, offering the nearest."""
+        from ..methods import METHODS, method_from
+
+        name = name or self.name or DEFAULT_METHOD
+        common = {
+            "sparsity": self._sparsity(),
+            "pattern": self.pattern,
+            "min_sparsity": self.min_sparsity,
+            "max_sparsity": self.max_sparsity,
+        }
+        given = {key: value for key, value in common.items() if value is not None}
+        if name in METHODS:
+            known = {one.name for one in fields(METHODS[name])}  # type: ignore[arg-type]
+            for key, value in given.items():
+                if key not in known:
+                    raise ConfigError(
+                        f"method {name} takes no --{key.replace('_', '-')} {value}. It has {', '.join(sorted(known))}."
+                    )
+            given |= {key: value for key, value in more.items() if key in known}
+        return method_from(name, **{**given, **pairs(self.set, "--set")})
+
+    def _sparsity(self) -> float | None:
+        if self.sparsity is None and self.pattern is not None and ":" in self.pattern:
+            from ..plan import Prune
+
+            kept, _, group = self.pattern.partition(":")
+            if kept.isdigit() and group.isdigit() and 0 < int(kept) <= int(group):
+                return Prune(sparsity=1 - int(kept) / int(group), pattern=self.pattern).sparsity
+        return self.sparsity
+
+
+def solver_of(name: str | None, settings: Sequence[str], planned: dict[str, Any] | None = None) -> "Solver":
+    """The solver asked for, else the plan's, else wanda. Raises ConfigError."""
+    from ..solvers import solver_from
+
+    chosen = {"name": name or DEFAULT_SOLVER} if name or not planned else dict(planned)
+    return solver_from({**chosen, **pairs(settings, "--solver-set")})
+
+
+def pairs(words: Sequence[str], option: str) -> dict[str, Any]:
+    """["a=1", "b=true", "c=x"] -> {"a": 1, "b": True, "c": "x"}. Raises ConfigError for a word without "="."""
+    found = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f'{option} "{word}": write NAME=VALUE.')
+        found[key.strip().replace("-", "_")] = _value(value.strip())
+    return found
+
+
+def device_of(name: str) -> "torch.device":
+    """The device, if this machine has it. Raises ConfigError."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f'device "{name}": give auto, cpu, cuda, cuda:1 or mps.') from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        there = torch.cuda.device_count() or "no"
+        raise ConfigError(f'device "{name}": torch sees {there} CUDA device(s) here. Give auto or cpu.')
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f'device "{name}": torch has no MPS here. Give auto or cpu.')
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f'device "{name}": give auto, cpu, cuda, cuda:1 or mps.')
+    return device
+
+
+def propagate_of(name: str) -> "Propagate":
+    """Checked word of `--propagate`."""
+    if name not in ("compressed", "dense"):
+        raise ConfigError(f'--propagate "{name}": give compressed or dense.')
+    return "dense" if name == "dense" else "compressed"
+
+
+def convention_of(name: str) -> "Convention":
+    """Checked word of `--convention`."""
+    for known in ("standard", "wanda", "all"):
+        if name == known:
+            return known
+    raise ConfigError(f'--convention "{name}": give standard, wanda or all.')
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
