@@ -1,0 +1,238 @@
+"""How a sparsity budget should be spread: uniform, random, ERK and OWL under magnitude, Wanda and SparseGPT, judged by perplexity.
+
+    python benchmarks/allocation.py --bed FOLDER --work /tmp/allocation
+
+Every cell (model, sparsity, allocation, solver, seed) is written to a file as soon as it is done, so a run that was killed goes on
+where it stopped. The seed draws the calibration windows and the random allocation. See README.md for the protocol.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import layerwise as lw
+from bed import Subject, add_arguments, perplexity, subjects
+from layerwise.errors import LayerwiseError
+from measuring import machine
+
+HERE = Path(__file__).parent
+BATCH = 4  # samples in one forward pass of calibration
+
+ALLOCATIONS = "uniform,random,erk,owl"  # names in layerwise.methods; any other there can be asked for
+SOLVERS = {"magnitude": lw.solvers.Magnitude, "wanda": lw.solvers.Wanda, "sparsegpt": lw.solvers.SparseGPT}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the table. The dense model has no sparsity, no solver and no seed."""
+
+    model: str
+    sparsity: float = 0.0
+    allocation: str = "dense"
+    solver: str = ""
+    seed: int = 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser, models="stories260k,demo,smollm2")
+    parser.add_argument("--sparsities", default="0.5,0.6,0.7")
+    parser.add_argument("--allocations", default=ALLOCATIONS)
+    parser.add_argument("--solvers", default=",".join(SOLVERS))
+    parser.add_argument("--seeds", type=int, default=3, help="0, 1, ...")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=20_480, help="held-out tokens, in windows of --length")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed, 4 x 128 tokens, 4096 held-out tokens, small models"
+    )
+    parser.add_argument("--out", type=Path, default=HERE / "results/allocation.md")
+    options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.samples, options.length, options.tokens = 1, 4, 128, 4096
+        options.models = ",".join(name for name in options.models.split(",") if name != "smollm2")
+    torch.set_num_threads(options.threads)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+
+    results = Results(options.out.with_suffix(".jsonl"))
+    shown = {}
+    for subject in subjects(options):
+        protocol = protocol_of(subject, options)
+        shown[subject.name] = protocol
+        missing = [cell for cell in cells(subject.name, options) if (cell, protocol) not in results]
+        for cell, row in measured(subject, missing, options):
+            results.add(cell, protocol, row)
+            said = row.get("error") or f"perplexity {row['perplexity']:.3f}"
+            print(f"{' '.join(str(part) for part in asdict(cell).values())}: {said}", file=sys.stderr, flush=True)
+    text = "\n".join(report(results, shown, options))
+    options.out.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def protocol_of(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
+    """What a number depends on beside its cell; results under another protocol are left alone and measured anew."""
+    weights = hashlib.sha256()
+    for file in sorted(subject.folder.glob("*.safetensors")):
+        weights.update(file.read_bytes())
+    return {
+        "weights": weights.hexdigest()[:12],
+        "calibration": [options.samples, options.length],
+        "evaluated": [options.tokens, options.length],
+        "layerwise": lw.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def cells(model: str, options: argparse.Namespace) -> Iterator[Cell]:
+    """Solvers vary last, so that they share a plan."""
+    yield Cell(model)
+    for sparsity in map(float, options.sparsities.split(",")):
+        for allocation in options.allocations.split(","):
+            for seed in range(options.seeds):
+                for solver in options.solvers.split(","):
+                    if seed == 0 or draws(allocation, solver):
+                        yield Cell(model, sparsity, allocation, solver, seed)
+
+
+def draws(allocation: str, solver: str) -> bool:
+    """Whether the seed matters: calibration data is looked at, or something is drawn at random."""
+    method = lw.methods.METHODS[allocation]
+    seeded = any(field.name == "seed" for field in fields(method))
+    return seeded or method.needs_data or SOLVERS[solver].needs != "none"
+
+
+def method_of(cell: Cell) -> lw.methods.Method:
+    """The method at its defaults, but for the budget and, where it draws, the seed."""
+    names = {field.name for field in fields(lw.methods.METHODS[cell.allocation])}
+    seed = {"seed": cell.seed} if "seed" in names else {}
+    return lw.methods.method_from(cell.allocation, sparsity=cell.sparsity, **seed)
+
+
+def measured(
+    subject: Subject, missing: list[Cell], options: argparse.Namespace
+) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Each cell from the dense weights anew. A method that cannot do what the cell asks is a row too."""
+    if not missing:
+        return
+    model = lw.load(subject.folder, dtype="float32")
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    windows = subject.evaluation(options.tokens, options.length)
+
+    @cache
+    def data(seed: int) -> lw.Batches:
+        return batches(subject.calibration(options.samples, options.length, seed), seed)
+
+    @lru_cache(maxsize=1)
+    def plan(method: lw.methods.Method, seed: int) -> lw.Plan:
+        return method.plan(model, data(seed))
+
+    for cell in missing:
+        model.load_state_dict(dense)
+        started = time.perf_counter()
+        row: dict[str, Any] = {}
+        try:
+            if cell.allocation != "dense":
+                chosen = plan(method_of(cell), cell.seed)
+                result = lw.compress(model, chosen, solver=SOLVERS[cell.solver](), data=data(cell.seed))
+                shares = [treatments.prune.sparsity for treatments in chosen.layers.values() if treatments.prune]
+                row = {"sparsity": result.sparsity, "lowest": min(shares), "highest": max(shares)}
+                row["notes"] = list(result.notes)
+            row |= {"seconds": time.perf_counter() - started, "perplexity": perplexity(model, windows)}
+        except LayerwiseError as error:
+            row = {"error": f"{type(error).__name__}: {error}"}
+        yield cell, row
+
+
+def batches(ids: Tensor, seed: int) -> lw.Batches:
+    return lw.Batches(tuple({"input_ids": part} for part in ids.split(BATCH)), {"seed": seed, "tokens": ids.numel()})
+
+
+class Results:
+    """One JSON object a line, appended as cells are done. A line cut short by a kill is passed over."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[tuple[Cell, str], dict[str, Any]] = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            self.rows[Cell(**entry["cell"]), _key(entry["protocol"])] = entry["row"]
+
+    def __contains__(self, cell: tuple[Cell, dict[str, Any]]) -> bool:
+        return (cell[0], _key(cell[1])) in self.rows
+
+    def add(self, cell: Cell, protocol: dict[str, Any], row: dict[str, Any]) -> None:
+        self.rows[cell, _key(protocol)] = row
+        entry = {"cell": asdict(cell), "protocol": protocol, "row": row}
+        cut_short = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(("\n" if cut_short else "") + json.dumps(entry) + "\n")
+
+    def of(self, protocol: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
+        """The rows of this protocol whose cells have these values."""
+        return [
+            row
+            for (cell, key), row in self.rows.items()
+            if key == _key(protocol) and wanted.items() <= asdict(cell).items()
+        ]
+
+
+def _key(protocol: dict[str, Any]) -> str:
+    return json.dumps(protocol, sort_keys=True)
+
+
+def report(results: Results, shown: dict[str, dict[str, Any]], options: argparse.Namespace) -> Iterator[str]:
+    yield "# Allocation: where the zeros should go"
+    yield ""
+    yield f"Machine: {machine()}; {options.threads} threads. layerwise {lw.__version__}, torch {torch.__version__}."
+    yield (
+        f"Protocol: float32; {options.samples} x {options.length} calibration tokens drawn per seed, {options.seeds} seeds;"
+        f" perplexity on up to {options.tokens} held-out tokens in windows of {options.length}, mean ± standard deviation over seeds"
+        " (no deviation where neither data nor chance enters). Sparsity counts the matrices of the blocks. Texts: README.md."
+    )
+    sparsities = [float(one) for one in options.sparsities.split(",")]
+    for model, protocol in shown.items():
+        dense = results.of(protocol, model=model, allocation="dense")[0]["perplexity"]
+        yield from ["", f"## {model}", "", f"Dense: {dense:.3f}. Weights {protocol['weights']}.", ""]
+        yield f"| solver | allocation | {' | '.join(f'{one:.0%}' for one in sparsities)} |"
+        yield f"|---|---|{'--:|' * len(sparsities)}"
+        for solver in options.solvers.split(","):
+            for allocation in options.allocations.split(","):
+                found = [
+                    results.of(protocol, model=model, sparsity=one, allocation=allocation, solver=solver)
+                    for one in sparsities
+                ]
+                yield f"| {solver} | {allocation} | {' | '.join(mean_deviation(rows) for rows in found)} |"
+    errors = sorted({row["error"] for protocol in shown.values() for row in results.of(protocol) if "error" in row})
+    yield from ["", *(f"- failed: {error}" for error in errors)]
+
+
+def mean_deviation(rows: list[dict[str, Any]]) -> str:
+    """ "12.34 ± 0.56"; four significant digits, since perplexities span decades."""
+    values = [row["perplexity"] for row in rows if "perplexity" in row]
+    if len(values) < len(rows) or not values:
+        return "failed"
+    mean = statistics.fmean(values)
+    digits = max(0, 3 - math.floor(math.log10(mean)))
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{deviation}"
+
+
+if __name__ == "__main__":
+    main()
