@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerwise.allocate import erdos_renyi
@@ -157,6 +157,7 @@ some_shapes = st.lists(
 ).map(lambda shapes: {f"l{index}": shape for index, shape in enumerate(shapes)})
 
 
+@settings(deadline=None)
 @given(some_shapes, st.sampled_from([0.5, 0.1, 0.05, 0.01]), st.booleans())
 def test_any_shapes_meet_the_budget_and_equal_the_official_rounds(shapes, density, kernel):
     got = erdos_renyi(shapes, density, kernel)
@@ -166,6 +167,7 @@ def test_any_shapes_meet_the_budget_and_equal_the_official_rounds(shapes, densit
     assert got == pytest.approx(rounds(shapes, density, kernel)[0], rel=1e-9)
 
 
+@settings(deadline=None)
 @given(some_shapes, st.floats(0.2, 0.8), st.floats(0, 0.1), st.floats(0.9, 1))
 def test_bounds_hold(shapes, density, low, high):
     got = erdos_renyi(shapes, density, low=low, high=high)
@@ -173,6 +175,7 @@ def test_bounds_hold(shapes, density, low, high):
     assert kept(got, shapes) == pytest.approx(density * sum(map(math.prod, shapes.values())), rel=1e-9)
 
 
+@settings(deadline=None)
 @given(some_shapes, st.floats(0.05, 0.9), st.randoms())
 def test_the_order_of_layers_does_not_matter(shapes, density, random):
     names = list(shapes)

@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerwise.allocate import uniform, uniform_plus
@@ -45,6 +45,7 @@ def test_uniform_plus_takes_names():
         uniform_plus({"a": 10, "b": 10, "c": 10}, 0.5, first="d")
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 10_000), min_size=3, max_size=10), st.floats(0, 1), st.floats(0, 1))
 def test_uniform_plus_meets_the_budget(values, share, last_density):
     sizes = {f"l{index}": size for index, size in enumerate(values)}

@@ -2,7 +2,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerwise.allocate import check_feasible, exact_counts, sparsities_of, water_fill
@@ -92,6 +92,7 @@ def test_sparsities_that_do_not_amount_to_the_target_are_refused():
         exact_counts({"a": 0.5}, {"a": 100, "b": 100}, 0.5)
 
 
+@settings(deadline=None)
 @given(sizes_of_layers, st.floats(0, 1), st.data())
 def test_budgets_are_met_exactly_for_any_sizes_and_caps(sizes, sparsity, data):
     low = data.draw(st.floats(0, sparsity))
@@ -108,6 +109,7 @@ def test_budgets_are_met_exactly_for_any_sizes_and_caps(sizes, sparsity, data):
         assert abs(counts[name] - filled[name] * size) < len(sizes) + 1
 
 
+@settings(deadline=None)
 @given(sizes_of_layers, st.floats(0.1, 0.9), st.data())
 def test_counts_stay_inside_caps_that_leave_room(sizes, sparsity, data):
     low, high = sparsity / 2, (1 + sparsity) / 2
@@ -119,6 +121,7 @@ def test_counts_stay_inside_caps_that_leave_room(sizes, sparsity, data):
     assert all(math.ceil(low * size) <= counts[name] <= math.floor(high * size) for name, size in sizes.items())
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2**40), st.data())
 def test_a_count_survives_as_a_sparsity_written_as_text(size, data):
     count = data.draw(st.integers(0, size))
@@ -131,6 +134,7 @@ def test_an_empty_layer_has_sparsity_zero():
     assert sparsities_of({"a": 0}, {"a": 0}) == {"a": 0.0}
 
 
+@settings(deadline=None)
 @given(sizes_of_layers, st.floats(0, 1), st.randoms(use_true_random=False))
 def test_counts_follow_their_layers_when_the_model_is_reordered(sizes, sparsity, random):
     """Up to ties: of equal remainders the first in the model keeps the zero, so distinct sizes are compared."""
@@ -147,6 +151,7 @@ def test_counts_follow_their_layers_when_the_model_is_reordered(sizes, sparsity,
     assert exact_counts(even, {name: sizes[name] for name in names}, sparsity) == exact_counts(even, sizes, sparsity)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 50), st.lists(st.floats(-1, 1), min_size=1, max_size=12), st.floats(0, 1))
 def test_of_layers_of_one_size_the_higher_sparsity_never_loses_less(size, shares, sparsity):
     sizes = {f"l{index}": size for index in range(len(shares))}
