@@ -28,8 +28,9 @@ def test_ties_follow_the_order_of_the_model_not_of_the_sparsities():
 
 
 def test_a_bound_is_the_decimal_that_was_written():
-    # 0.29 * 100 is 28.999999999999996 in floating point
+    sizes = {"a": 100, "b": 100}  # 0.29 * 100 is 28.999999999999996 in floating point
     assert exact_counts({"a": 0.29, "b": 0.29}, {"a": 100, "b": 100}, 0.29, high=0.29) == {"a": 29, "b": 29}
+    assert exact_counts({"a": 0.29, "b": 0.5}, sizes, 0.395, high={"a": 0.29, "b": 0.6}) == {"a": 29, "b": 50}
     assert exact_counts({"a": 0.07, "b": 0.07}, {"a": 100, "b": 100}, 0.07, low=0.07) == {"a": 7, "b": 7}
 
 

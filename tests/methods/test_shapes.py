@@ -82,6 +82,23 @@ def test_the_ends_are_found_by_the_order_of_the_model():
     assert got["model.layers.1.mlp.down_proj"] < 1  # the last in blocks, and not the head
 
 
+class HeadFirst(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lm_head = torch.nn.Linear(8, 20)
+        self.blocks = torch.nn.Sequential(*(torch.nn.TransformerEncoderLayer(8, 2, 16) for _ in range(2)))
+
+    def forward(self, x):
+        return self.lm_head(self.blocks(x))
+
+
+def test_the_head_is_the_last_layer_wherever_it_is_registered():
+    model = HeadFirst()
+    structure = structure_of(model, include=["*.linear?", "lm_head"])
+    got = densities(ERKPlus(sparsity=0.5).plan(model, structure=structure))
+    assert [name for name, density in got.items() if density == 1] == ["lm_head"]
+
+
 def test_the_ends_can_be_named():
     model = MODELS["llama"]()
     first, last = "model.layers.1.mlp.up_proj", "model.layers.0.mlp.up_proj"
@@ -112,7 +129,7 @@ def test_random_draws_depend_on_the_seed_and_the_name_alone():
     plans = {seed: RandomRatios(sparsity=0.5, seed=seed).plan(model) for seed in range(20)}
     assert len({plan.to_yaml() for plan in plans.values()}) == 20
     values = torch.tensor([[e.prune.sparsity for e in plan.layers.values()] for plan in plans.values()])
-    assert 0.02 < values.std() < 0.07  # uniform of half width 0.08 has deviation 0.046
+    assert 0.042 < values.std() < 0.05  # uniform of half width 0.08 has deviation 0.0462
     assert (values.mean(0) - 0.5).abs().max() < 0.05  # no layer is favoured
     fewer = RandomRatios(sparsity=0.5).plan(model, structure=structure_of(model, exclude=["*.q_proj"]))
     shift = {plans[0].layers[name].prune.sparsity - entry.prune.sparsity for name, entry in fewer.layers.items()}

@@ -59,9 +59,8 @@ def _settle(
     """Raise or lower counts one by one, the farthest from exact first, until they sum to `wanted` or all are at their limits."""
     while missing := wanted - sum(counts.values()):
         step = 1 if missing > 0 else -1
-        order = sorted(counts, key=lambda name: counts[name] - exact[name])[
-            ::step
-        ]  # of equals the first keeps the zero
+        # stable, and backwards to take away: of equals the first keeps the zero
+        order = sorted(counts, key=lambda name: counts[name] - exact[name])[::step]
         movable = [name for name in order if limits[name][0] <= counts[name] + step <= limits[name][1]]
         if not movable:
             return
