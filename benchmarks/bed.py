@@ -78,7 +78,9 @@ class Subject:
         filled = [story.strip() for story in stories if story.strip()][part]
         encode = self.tokenizer
         # the model was trained with <s> before every story; its tokenizer does not add it
-        return [torch.tensor([1, *encode(story, add_special_tokens=False)["input_ids"]]) for story in filled]
+        return [
+            torch.tensor([1, *encode(story, add_special_tokens=False, verbose=False)["input_ids"]]) for story in filled
+        ]
 
 
 def add_arguments(parser: argparse.ArgumentParser, models: str) -> None:

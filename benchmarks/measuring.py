@@ -102,6 +102,8 @@ def forward_seconds(model: nn.Module, batches: list[Tensor], repeats: int = 2) -
 
 def settle() -> int:
     """Give freed memory back, start a new peak, and return the resident bytes now."""
+    if not Path("/proc/self/clear_refs").exists():
+        raise SystemExit("peak memory is measured through /proc: run this on Linux.")
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
@@ -123,7 +125,8 @@ def write_weights(model: nn.Module, path: Path) -> None:
 
 def machine() -> str:
     """The processor, its cores and the system's memory, in one line."""
-    information = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = Path("/proc/cpuinfo")
+    information = cpu.read_text().splitlines() if cpu.exists() else [f"model name: {platform.processor()}"]
     model = next((line.partition(":")[2].strip() for line in information if line.startswith("model name")), "unknown")
     flags = next((line for line in information if line.startswith("flags")), "").split()
     widest = next((name for name in ("avx512f", "avx2", "avx") if name in flags), platform.machine())

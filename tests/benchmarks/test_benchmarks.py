@@ -1,0 +1,125 @@
+"""The benchmarks run: their own arithmetic by hand, and each side's program end to end on a toy."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models import MODELS
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def _run(script, *arguments):
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_packed_weights_decode_by_hand():
+    from bed import _decoded
+
+    stored = {
+        "a.q4": torch.full((1, 16), 0x21, dtype=torch.uint8),  # two a byte, the low half first: 1, 2, 1, 2 ...
+        "a.scale": torch.tensor([[0.5]], dtype=torch.float16),
+        "a.min": torch.tensor([[-1.0]], dtype=torch.float16),
+        "b.q8": torch.full((1, 32), -3, dtype=torch.int8),
+        "b.scale": torch.tensor([[0.25]], dtype=torch.float16),
+        "c": torch.ones(2),
+    }
+    decoded = _decoded(stored)
+    assert set(decoded) == {"a", "b", "c"}
+    assert decoded["a"].tolist() == [[-0.5, 0.0] * 16]
+    assert decoded["b"].tolist() == [[-0.75] * 32]
+
+
+def test_zeros_are_counted_in_blocks_and_elsewhere():
+    from bed import block_zeros
+
+    weights = {
+        "model.layers.0.mlp.up_proj.weight": torch.tensor([[0.0, 1.0], [0.0, 2.0]]),
+        "model.layers.0.norm.weight": torch.tensor([0.0, 1.0]),
+        "lm_head.weight": torch.tensor([[0.0, 0.0]]),
+    }
+    assert block_zeros(weights) == (2, 4, 3)
+
+
+def test_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary():
+    from bed import perplexity
+
+    model = MODELS["llama"]()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    windows = [torch.arange(5), torch.arange(3)]
+    assert perplexity(model, windows) == pytest.approx(model.config.vocab_size, rel=1e-5)
+
+
+def test_mean_and_deviation_of_cells():
+    from allocation import mean_deviation
+
+    assert mean_deviation([{"perplexity": 10.0}, {"perplexity": 12.0}]) == "11.00 ± 1.41"
+    assert mean_deviation([{"perplexity": 1234.5}]) == "1234"
+    assert mean_deviation([{"perplexity": 10.0}, {"error": "BudgetError: no"}]) == "failed"
+
+
+def test_results_go_on_after_a_line_cut_short(tmp_path):
+    from allocation import Cell, Results
+
+    file, protocol = tmp_path / "cells.jsonl", {"weights": "a"}
+    first, second = Cell("m"), Cell("m", 0.5, "owl", "wanda", 1)
+    Results(file).add(first, protocol, {"perplexity": 3.0})
+    file.write_text(file.read_text() + '{"cell": {"model": "m", "spar')
+    Results(file).add(second, protocol, {"perplexity": 5.0})
+    again = Results(file)
+    assert (first, protocol) in again
+    assert (second, protocol) in again
+    assert (second, {"weights": "b"}) not in again
+    assert again.of(protocol, allocation="owl") == [{"perplexity": 5.0}]
+
+
+def test_magnitude_with_a_fixed_allocation_needs_one_seed():
+    from allocation import draws
+
+    assert not draws("uniform", "magnitude")
+    assert not draws("erk", "magnitude")
+    assert draws("random", "magnitude")
+    assert draws("owl", "magnitude")
+    assert draws("uniform", "wanda")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured on Linux")
+def test_our_side_measures_a_run(tmp_path):
+    from measuring import Job
+
+    model = MODELS["llama"]()
+    model.save_pretrained(tmp_path / "model")
+    save_file({"input_ids": torch.arange(32).reshape(4, 8) % model.config.vocab_size}, tmp_path / "ids")
+    job = Job(str(tmp_path / "model"), str(tmp_path / "ids"), str(tmp_path / "out"), "sparsegpt-2:4", 0.5, 2, 1)
+    done = _run("ours_pruning.py", job.to_json())
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout.splitlines()[-1])
+    assert 0 < measured["forward_seconds"] < 60
+    assert 0 <= measured["grown_bytes"] < measured["peak_bytes"]
+    assert {"collect", "solve", "propagate", "total"} <= set(measured["own"]["split"])
+    weights = load_file(tmp_path / "out")
+    up = weights["model.layers.0.mlp.up_proj.weight"]
+    assert ((up.reshape(len(up), -1, 4) == 0).sum(-1) == 2).all()
+
+
+def test_scale_runs_as_a_toy_and_refuses_full_size_without_cuda():
+    done = _run("scale_gpu.py", "--toy", "--methods", "wanda")
+    assert done.returncode == 0, done.stderr
+    assert "| wanda |" in done.stdout
+    assert "50.0000%" in done.stdout
+    if not torch.cuda.is_available():
+        refused = _run("scale_gpu.py")
+        assert refused.returncode == 1
+        assert refused.stderr.count("\n") == 1
+        assert "--toy" in refused.stderr
