@@ -15,13 +15,13 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FL
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu check format docs clean
+.PHONY: help demo test test-slow test-gpu check format docs readme clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.installed  ## install, then plan, prune, compare, save and reload the small model inside the package
-	$(BIN)/layerwise demo --force
+	$(BIN)/layerwise demo --force --output demo-out
 
 test: $(VENV)/.installed-dev  ## install with the development tools, then run the tests on two cores
 	$(PYTEST) -n 2 -m "not slow and not gpu" $(PYTEST_FLAGS)
@@ -44,6 +44,9 @@ format: $(VENV)/.installed-dev  ## put the code in the one format
 
 docs: $(VENV)/.installed-docs  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+readme: $(VENV)/.installed  ## run the demo and put its output and picture into README.md
+	$(BIN)/python scripts/write_readme_demo.py
 
 clean:  ## remove what was built; the virtual environment too
 	rm -rf $(VENV) build dist site out demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -13,9 +13,11 @@ from typing import ClassVar
 from torch import nn
 
 import layerwise as lw
-from layerwise.allocate import exact_counts, linear_map, sparsities_of, water_fill
+from layerwise.allocate import linear_map, water_fill
 from layerwise.errors import ConfigError
-from layerwise.plan import Budget, Plan, Prune
+from layerwise.methods.assemble import found, plan_of, sizes_of
+from layerwise.methods.base import check_sparsities
+from layerwise.plan import Plan
 from layerwise.structure import Structure, structure_of
 from layerwise.tasks import Batches
 
@@ -32,24 +34,17 @@ class Ramp:
     spread: float = 0.1  # the first block gets about `spread` less than the mean, the last about `spread` more
 
     def __post_init__(self) -> None:
+        check_sparsities("Ramp", self.sparsity)
         if not 0 <= self.spread <= 1:
             raise ConfigError(f"Ramp.spread={self.spread}: give a number from 0 to 1.")
 
     def plan(self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None) -> Plan:
         """One sparsity per block; the whole meets the budget to the last weight."""
-        structure = structure or structure_of(model)
-        scores = earliness(structure)
-        sizes = {layer.name: layer.size for layer in structure.layers}
+        structure = found(model, structure)
+        scores, sizes = earliness(structure), sizes_of(structure)
         wanted = linear_map(scores, sizes, self.sparsity, self.spread)
-        filled = water_fill(wanted, sizes, self.sparsity * sum(sizes.values()))  # back into [0, 1]
-        sparsities = sparsities_of(exact_counts(filled, sizes, self.sparsity), sizes)
-        plan = Plan(
-            method=self,
-            budget=Budget(sparsity=self.sparsity),
-            layers={name: Prune(sparsity=sparsity) for name, sparsity in sparsities.items()},
-            scores=scores,
-        )
-        return plan.with_achieved(structure.layers)
+        filled = water_fill(wanted, sizes, self.sparsity * sum(sizes.values()))  # back into [0, 1], the mean unchanged
+        return plan_of(self, model, structure, self.sparsity, filled, scores=scores)
 
 
 def earliness(structure: Structure) -> dict[str, float]:

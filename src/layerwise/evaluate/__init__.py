@@ -1,3 +1,5 @@
+"""What a compressed model lost and what it costs, each number with its protocol. `layerwise.evaluate` can also be called."""
+
 import sys
 from types import ModuleType
 from typing import Any

@@ -1,3 +1,5 @@
+"""Batches: where they come from, the facts that belong beside their numbers, and how one goes through a model."""
+
 from .batches import Batch, Batches, call
 from .images import images
 from .text import check_vocabulary, held_out, text
