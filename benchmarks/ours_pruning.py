@@ -9,6 +9,8 @@ from torch import Tensor, nn
 import layerwise as lw
 from measuring import Job, run
 
+# named here, so that importing their rooms on first use is not timed; the peer's side imports at the top too
+walk_through, Batches, Settings, Uniform = lw.compress, lw.Batches, lw.Settings, lw.methods.Uniform
 SOLVERS = {"magnitude": lw.solvers.Magnitude, "wanda": lw.solvers.Wanda, "sparsegpt": lw.solvers.SparseGPT}
 
 
@@ -17,10 +19,10 @@ def load(folder: Path) -> nn.Module:
 
 
 def compress(model: nn.Module, batches: list[Tensor], job: Job) -> dict[str, Any]:
-    data = lw.Batches(tuple({"input_ids": ids} for ids in batches), {"source": Path(job.ids).name})
-    plan = lw.methods.Uniform(sparsity=job.sparsity, pattern=job.pattern or "unstructured").plan(model)
-    settings = lw.Settings(propagate=job.propagate)
-    result = lw.compress(model, plan, solver=SOLVERS[job.solver](), data=data, settings=settings)
+    data = Batches(tuple({"input_ids": ids} for ids in batches), {"source": Path(job.ids).name})
+    plan = Uniform(sparsity=job.sparsity, pattern=job.pattern or "unstructured").plan(model)
+    settings = Settings(propagate=job.propagate)
+    result = walk_through(model, plan, solver=SOLVERS[job.solver](), data=data, settings=settings)
     return {"split": result.seconds, "notes": list(result.notes)}
 
 
