@@ -17,6 +17,7 @@ from .screen import rank_from_environment
 
 # typer carries its own copy of click since 0.21; both name the base of their usage errors alike
 _UsageProblem: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+_STOPPED = 130  # as shells count: 128 + SIGINT
 _PATIENCE = 3.0  # seconds in which the launcher ends the other ranks
 
 
@@ -29,7 +30,10 @@ def main(args: Sequence[str] | None = None) -> int:
             warnings.simplefilter("ignore")  # libraries warn about things that are no concern of the user's
             logging.getLogger("transformers").setLevel(logging.ERROR)
         try:
-            app(args=arguments, prog_name="layerwise", standalone_mode=False)
+            outcome = app(args=arguments, prog_name="layerwise", standalone_mode=False)
+            if outcome == _STOPPED:  # typer turns an interrupt into this number
+                raise KeyboardInterrupt
+            return outcome if isinstance(outcome, int) else 0
         except typer.Exit as stop:
             return int(stop.exit_code)
         except BrokenPipeError:  # `layerwise ... | head`
@@ -45,7 +49,6 @@ def main(args: Sequence[str] | None = None) -> int:
             for line in lines:
                 print(f"layerwise: {line}", file=sys.stderr)
             return code
-    return 0
 
 
 def explain(error: BaseException) -> tuple[int | None, list[str]]:
@@ -57,9 +60,9 @@ def explain(error: BaseException) -> tuple[int | None, list[str]]:
     if isinstance(error, _UsageProblem):
         context = getattr(error, "ctx", None)
         where = f" See {context.command_path} --help." if context is not None else ""
-        return 2, [_one_line(str(error.format_message())) + where]
+        return 2, [_one_line(str(error.format_message())).rstrip(".") + "." + where]
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        return 130, [_one_line(str(error)) or "stopped."]
+        return _STOPPED, ["stopped."]
     if isinstance(error, Exception):
         what = _one_line(f"{type(error).__name__}: {error}")
         if len(what) > 400:

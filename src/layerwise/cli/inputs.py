@@ -61,14 +61,14 @@ class ModelChoice:
 
     def load(self, screen: Screen, *, stream: bool = False) -> "nn.Module":
         """The model, every weight finite (where it is in memory). Raises ModelError."""
-        from ..io import check_finite, load
-        from ..io.stream import load_streamed
+        from ..io import check_finite, load, load_streamed
+        from .settings import dtype_of
+
+        dtype_of(self.dtype)
 
         with screen.task(f"Loading {self.name}"):
             if stream:
-                import torch
-
-                return load_streamed(self.name, dtype=None if self.dtype == "auto" else getattr(torch, self.dtype))
+                return load_streamed(self.name, dtype=dtype_of(self.dtype))
             model = load(self.name, dtype=self.dtype, remote_code=self.remote_code)
             check_finite(model)
         return model

@@ -15,19 +15,28 @@ if TYPE_CHECKING:
 MOST_NOTES = 8  # of one kind; --json has all
 
 
-class Stopped(KeyboardInterrupt):
+class Stopped(LayerwiseError):
     """Interrupted by the user; the message says how to go on."""
 
+    exit_code = 130
 
-def bar_of(step: Step) -> Callable[["Event"], None]:
-    """What turns the walk's events into a bar: blocks done, and the block at work."""
+
+def bar_of(step: Step, screen: Screen, work: Path) -> Callable[["Event"], None]:
+    """What turns the walk's events into a bar: blocks done, and the block at work. Says when an earlier run is gone on with."""
     from ..engine import BlockFinished, BlockStarted
 
+    before = finished_blocks(work)
+    said = False
+
     def show(event: "Event") -> None:
+        nonlocal said
         if isinstance(event, BlockStarted):
             step(event.index, event.total, event.block)
         elif isinstance(event, BlockFinished):
             step(event.index + 1, event.total, event.block)
+            if event.resumed and not said:
+                said = True
+                screen.say(f"Going on from {work}: {before} of {event.total} blocks were finished before.")
 
     return show
 
@@ -38,15 +47,13 @@ def finished_blocks(work: Path) -> int:
 
 
 @contextmanager
-def work_folder(work: Path, screen: Screen) -> Iterator[None]:
-    """Says when a run goes on; keeps finished blocks where going on makes sense, and removes the folder where it does not.
+def work_folder(work: Path) -> Iterator[None]:
+    """Keeps finished blocks where going on makes sense, and removes the folder where it does not.
 
     Kept: after an interrupt, a full disk, an unexpected error. Removed: after success, and after an error of ours, which the same
     command would only meet again.
     """
     before = finished_blocks(work)
-    if before:
-        screen.say(f"Going on from {work}: {before} blocks were finished before.")
     try:
         yield
     except KeyboardInterrupt as error:

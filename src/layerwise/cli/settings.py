@@ -99,6 +99,16 @@ def device_of(name: str) -> "torch.device":
     return device
 
 
+def dtype_of(name: str) -> "torch.dtype | None":
+    """Checked word of `--dtype`; None for auto."""
+    import torch
+
+    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ConfigError(f'--dtype "{name}": give auto, float32, bfloat16 or float16.')
+    return known[name]
+
+
 def propagate_of(name: str) -> "Propagate":
     """Checked word of `--propagate`."""
     if name not in ("compressed", "dense"):

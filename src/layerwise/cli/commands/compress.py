@@ -108,7 +108,7 @@ def compress(
     else:
         final = make_plan(built, choice, loaded, structure, drawn, screen, chosen)
     job = _Job(choice, loaded, final, chosen, drawn, settings, stream)
-    with work_folder(folder, screen):
+    with work_folder(folder):
         result = job.run(screen)
         if ranks.rank == 0:
             saved = job.save(output, force, result, screen)
@@ -139,7 +139,7 @@ class _Job:
                 solver=self.solver,
                 data=self.data,
                 settings=self.settings,
-                progress=bar_of(step),
+                progress=bar_of(step, screen, Path(self.settings.work or "")),
             )
 
     def save(self, output: Path, force: bool, result: "Result", screen: Screen) -> "Saved":
