@@ -19,7 +19,8 @@ def run(processes, name, solver, out):
     launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launch, str(SCRIPT), name, solver, str(out)]
-    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
     return load_file(out)
 
 
@@ -45,6 +46,6 @@ def test_owners_are_balanced_and_the_same_everywhere():
 def test_batches_are_split_without_loss():
     batches = list(range(7))
     parts = [Ranks(rank, 3).share_of(batches) for rank in range(3)]
-    assert sorted(sum(parts, [])) == batches
+    assert sorted(batch for part in parts for batch in part) == batches
     with pytest.raises(ConfigError, match="at least as many calibration batches"):
         Ranks(0, 8).share_of(batches)

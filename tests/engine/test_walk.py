@@ -86,7 +86,7 @@ def test_a_block_is_measured_behind_compressed_blocks_and_layers_of_one_input_ar
     # `model` is now compressed: statistics of block 1 behind block 0 as it now is, with block 1 itself still dense
     half = MODELS["llama"]().eval()
     half.model.layers[0].load_state_dict(model.model.layers[0].state_dict())
-    second = [entry for block, entry in collect_dense(half, structure, data, "gram") if block.index == 1][0]
+    second = next(entry for block, entry in collect_dense(half, structure, data, "gram") if block.index == 1)
     assert torch.allclose(solver.seen[4][1], second["model.layers.1.self_attn.q_proj"][0].gram, rtol=1e-5)
     assert torch.allclose(solver.seen[7][1], second["model.layers.1.mlp.down_proj"][0].gram, rtol=1e-5)
 
@@ -135,11 +135,8 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bits(tmp_path, name, solver):
     assert same(weights(again, structure), expected)
     assert {e.layer for e in events if isinstance(e, LayerSolved)} == {layer.name for layer in structure.layers}
     third = MODELS[name]().eval()  # everything is there: nothing is solved again
-    assert all(
-        e.resumed
-        for e in walk(third, plan, solver, data, settings=Settings(work=str(tmp_path / "work")))
-        if isinstance(e, BlockFinished)
-    )
+    events = walk(third, plan, solver, data, settings=Settings(work=str(tmp_path / "work")))
+    assert all(event.resumed for event in events if isinstance(event, BlockFinished))
     assert same(weights(third, structure), expected)
 
 

@@ -229,6 +229,17 @@ def test_a_broken_index(folder, index):
     assert "model.safetensors.index.json" in message(folder)
 
 
+def test_a_head_that_the_model_does_not_use_is_told_and_left(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {**tensors, "cls.seq_relationship.weight": torch.zeros(2, 2)},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.warns(UserWarning, match=r"not used by this model: cls\.seq_relationship\.weight"):
+        load(folder)
+
+
 def test_weights_that_do_not_belong_to_the_config(folder):
     edit(folder / "config.json", num_hidden_layers=1)
     assert "no place in the model" in message(folder)

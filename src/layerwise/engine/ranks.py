@@ -1,7 +1,7 @@
 """Several processes under `torchrun`: batches are split, statistics summed, layers solved on different ranks and shared."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -76,6 +76,12 @@ class Ranks:
         box = [thing]
         dist.broadcast_object_list(box, owner)
         return box[0]
+
+    def first_alone(self, make: Callable[[], T]) -> T:
+        """What `make` returns, on rank 0 before the others: for folders that whoever comes first makes."""
+        mine = make() if self.rank == 0 else None
+        self.wait()
+        return mine if mine is not None else make()
 
     def wait(self) -> None:
         """Until every rank is here."""

@@ -86,7 +86,10 @@ def walk(
     ranks = Ranks.current()
     if store_of(model) is not None and not settings.work:
         raise ConfigError("a streamed model needs a work folder to keep its finished blocks in: Settings(work=...).")
-    work = Work(settings.work, run_key(model, plan, solver, data, settings, structure)) if settings.work else None
+    work = None
+    if settings.work:
+        key = run_key(model, plan, solver, data, settings, structure)
+        work = ranks.first_alone(lambda: Work(str(settings.work), key))
     steps = _Steps(model, prunes, solver, settings, ranks, work, len(units))
     if solver.needs == "none" or data is None:
         for index, unit in enumerate(units):

@@ -3,6 +3,7 @@
 Everything that can be wrong with a folder is looked at before its weights are read, and said in one line.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,11 +121,14 @@ def _check_keys(folder: Path, info: dict[str, Any]) -> None:
             f"{folder}: {len(missing)} weights that config.json asks for are not in the files ({_some(missing)})."
             " Take the config.json that belongs to these weights."
         )
-    if unexpected := sorted(info.get("unexpected_keys") or []):
-        raise ModelError(
-            f"{folder}: {len(unexpected)} weights in the files have no place in the model that config.json describes"
-            f" ({_some(unexpected)}). Take the config.json that belongs to them, or remove them from the files."
+    unexpected = sorted(info.get("unexpected_keys") or [])
+    if inside := [name for name in unexpected if any(part.isdigit() for part in name.split("."))]:
+        raise ModelError(  # blocks of the file that the model would lack: it would be another model
+            f"{folder}: {len(inside)} weights of blocks in the files have no place in the model that config.json describes"
+            f" ({_some(inside)}). Take the config.json that belongs to them, or remove them from the files."
         )
+    if unexpected:  # a head that this class does not use, as many published checkpoints have
+        warnings.warn(f"{folder}: not used by this model: {_some(unexpected)}.", stacklevel=3)
 
 
 def _dtype(dtype: str | torch.dtype, loader: Loader, stored: list[StoredTensor]) -> str | torch.dtype:
