@@ -77,10 +77,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Working:
-    """Told before and during each cell: which, at what, how far (blocks, batches)."""
+    """Told before each step of each cell. done: half cells (pruned, measured) out of `total`."""
 
     recipe: Recipe
-    number: int
+    done: int
     total: int
     stage: str  # planning, pruning, measuring
 
@@ -221,6 +221,6 @@ def _teller(
 ) -> Callable[[str], None]:
     def say(stage: str) -> None:
         if progress is not None:
-            progress(Working(recipe, number, total, stage))
+            progress(Working(recipe, 2 * number + (stage == "measuring"), 2 * total, stage))
 
     return say

@@ -104,6 +104,10 @@ def compare(
     settings = Settings(propagate_of(propagate), None if (where := device_of(device)).type == "cpu" else where)
     _ = choice.bytes  # a damaged file shows before anything slow
     source = DataChoice(data, samples, length, batch, seed)
+    if held_out in (None, data) and source.where(choice) != "python-docs":
+        screen.say(
+            "note: measured on the text that calibration draws from; give another with --held-out.", style="yellow"
+        )
     drawn = {number: source.draw(choice, screen, number) for number in range(seed, seed + seeds)}
     windows = DataChoice(held_out or source.where(choice), length=length, batch=batch).read(choice, screen, tokens)
     loaded = choice.load(screen)
@@ -113,15 +117,21 @@ def compare(
     with screen.task("Comparing") as step:
         for cell in cells(
             loaded, dense, recipes, calibration=drawn.__getitem__, held_out=windows, structure=structure, settings=settings,
-            progress=lambda now: step(now.number, now.total, f"{now.recipe.name} {now.recipe.sparsity:.0%} {now.stage}"),
+            progress=lambda now: step(now.done, now.total, f"{now.recipe.name} {now.recipe.sparsity:.0%} {now.stage}"),
         ):  # fmt: skip
             done.append(cell)
     _show(model, done, structure, drawn[seed], windows, output, screen)
 
 
 def _recipes(
-    methods: str, sparsity: str, seeds: Sequence[int], pattern: str | None, settings: Sequence[str], solver: str | None, solver_set: Sequence[str],
-) -> "list[Recipe]":  # fmt: skip
+    methods: str,
+    sparsity: str,
+    seeds: Sequence[int],
+    pattern: str | None,
+    settings: Sequence[str],
+    solver: str | None,
+    solver_set: Sequence[str],
+) -> "list[Recipe]":
     """Every cell, controls first. Raises ConfigError before anything is loaded."""
     from ...evaluate.compare import CONTROLS, Recipe
 
@@ -174,6 +184,7 @@ def _show(
     protocol = {
         "model": model,
         "calibration": protocol_line(data),
+        "seeds": ", ".join(str(seed) for seed in sorted({cell.recipe.seed for cell in done})),
         "measured on": protocol_line(windows),
         **{
             key: value

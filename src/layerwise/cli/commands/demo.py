@@ -78,7 +78,7 @@ def demo(
         for cell in cells(
             loaded, dense, recipes, calibration=lambda _: drawn, held_out=windows, structure=structure,
             settings=Settings(device=None if where.type == "cpu" else where),
-            progress=lambda now: step(now.number, now.total, f"{now.recipe.name}, {now.recipe.solver.name}: {now.stage}"),
+            progress=lambda now: step(now.done, now.total, f"{now.recipe.name}, {now.recipe.solver.name}: {now.stage}"),
         ):  # fmt: skip
             done.append(cell)
             kept.see(cell, loaded, structure)
@@ -181,12 +181,13 @@ def _show_plans(plans: "dict[str, Plan]", structure: "Structure", screen: Screen
 
     half = max(20, (min(screen.out.width, 110) - 4) // 2)
     ascii_only = not (screen.out.encoding or "").startswith("utf")
-    by_role = {layer.role: layer.role for layer in structure.layers}
-    by_block = {block.name: f"block {number}" for number, block in enumerate(structure.blocks)}
+    roles = {layer.name: layer.role for layer in structure.layers}
+    numbers = {block.name: f"block {number}" for number, block in enumerate(structure.blocks)}
+    blocks = {layer.name: numbers[layer.block] for layer in structure.layers if layer.block}
     charts = [
-        ("erk: sparsity by role", _shares(plans["erk"], structure, {k.name: by_role[k.role] for k in structure.layers})),
-        ("owl: sparsity by block", _shares(plans["owl"], structure, {k.name: by_block[k.block or ""] for k in structure.layers if k.block})),
-    ]  # fmt: skip
+        ("erk: sparsity by role", _shares(plans["erk"], structure, roles)),
+        ("owl: sparsity by block", _shares(plans["owl"], structure, blocks)),
+    ]
     grid = Table.grid(padding=(0, 4))
     grid.add_row(*(f"[bold]{title}[/]" for title, _ in charts))
     grid.add_row(*(bar_chart(shares, half, form=".1%", maximum=1.0, ascii_only=ascii_only) for _, shares in charts))
