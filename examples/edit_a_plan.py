@@ -31,7 +31,7 @@ def main(folder: str, model: str = "demo") -> Plan:
     edited.save(Path(folder) / "edited.yaml")
 
     for change in diff_plans(plan, edited)[:6]:
-        print(change)
+        print(f"{change.layer}: {change.field} {change.before:.4f} -> {change.after:.4f}")
     result = lw.compress(network, edited, solver=lw.solvers.Magnitude(), structure=structure)
     print(f"{len(protected)} layers protected; {result.sparsity:.4%} zeros, asked for {plan.budget.sparsity:.4%}")
     return edited
