@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -44,6 +44,9 @@ class Record(BaseModel):
         return {
             name: value for name, value in plain(self).items() if value is not None or fields[name].default is not None
         }
+
+
+R = TypeVar("R", bound=Record)
 
 
 class Prune(Record):
@@ -225,7 +228,7 @@ def bare(treatment: object) -> object:
     return {field: treatment} if field else treatment
 
 
-def _one_or_more(record: Any) -> Any:
+def _one_or_more(record: R) -> R:
     if all(getattr(record, name) is None for name in type(record).model_fields):
         raise ValueError(f"empty; give {' or '.join(type(record).model_fields)}")
     return record
