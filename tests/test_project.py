@@ -108,3 +108,16 @@ def test_links_between_pages_lead_somewhere(page: Path):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if not target.startswith(("http:", "https:", "mailto:")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_contributing_shows_the_example_that_runs():
+    shown = re.findall(r"^```python\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M | re.S)
+    runs = (ROOT / "examples" / "my_method.py").read_text(encoding="utf-8").splitlines()
+    assert shown
+    assert [line for line in "".join(shown).splitlines() if line not in runs] == []
+
+
+def test_readme_names_every_method_and_solver():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [name for name in (*layerwise.methods.METHODS, *layerwise.solvers.SOLVERS) if f"`{name}`" not in page]
+    assert missing == []
