@@ -60,11 +60,14 @@ def main() -> None:
         ids = options.work / f"{subject.name}.ids.safetensors"
         save_file({"input_ids": subject.calibration(options.samples, options.length, seed=None)}, ids)
         windows = subject.evaluation(*EVALUATED)
-        report.dense[subject.name] = perplexity(subject.load(), windows)
+        dense = subject.load()
+        report.dense[subject.name] = perplexity(dense, windows)
+        before = block_zeros(dict(dense.named_parameters()))[2]
+        del dense
         for method in options.methods.split(","):
             job = Job(str(subject.folder), str(ids), "", method, 0.5, options.batch, options.threads)
             for side, runs in take_turns(sides, job, options).items():
-                row = summary(runs) | judged(subject, windows, weights_file(options, side))
+                row = summary(runs) | judged(subject, windows, weights_file(options, side), before)
                 report.add(subject.name, method, side.name, row)
     report.write()
 
@@ -126,15 +129,18 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def judged(subject: Subject, windows: list[Any], weights: Path) -> dict[str, Any]:
-    """Perplexity and zeros of the weights that a side wrote, in the stock model. They are deterministic: the last run's stand."""
+def judged(subject: Subject, windows: list[Any], weights: Path, before: int) -> dict[str, Any]:
+    """Perplexity and zeros of the weights that a side wrote, in the stock model. They are deterministic: the last run's stand.
+
+    before: zeros that the dense model has outside the matrices of its blocks.
+    """
     stored = load_file(weights)
     model = subject.load()
     missing, extra = model.load_state_dict(stored, strict=False)
     if extra or not {*missing} <= {"lm_head.weight"}:
         raise SystemExit(f"{weights}: not the weights of {subject.name}: {[*missing, *extra][:3]}.")
     zeros, size, elsewhere = block_zeros(stored)
-    return {"perplexity": perplexity(model, windows), "zeros": zeros / size, "zeros_elsewhere": elsewhere}
+    return {"perplexity": perplexity(model, windows), "zeros": zeros / size, "zeros_elsewhere": elsewhere - before}
 
 
 class Report:
