@@ -1,5 +1,6 @@
 """Models and data of a command: found and checked, cheapest first, then loaded with progress."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from ..errors import ConfigError, DataError
 from .screen import Screen
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from ..structure import Structure
@@ -59,9 +61,12 @@ class ModelChoice:
             raise ConfigError(f"--length {asked}: the model's longest input is {limit} tokens. Give at most that.")
         return asked if asked is not None else min(LONGEST, limit or LONGEST)
 
-    def load(self, screen: Screen, *, stream: bool = False) -> "nn.Module":
-        """The model, every weight finite (where it is in memory). Raises ModelError."""
-        from ..io import check_finite, load, load_streamed
+    def load(self, screen: Screen, *, stream: bool = False, device: "torch.device | None" = None) -> "nn.Module":
+        """The model, every weight finite (where it is in memory). Raises ModelError.
+
+        device: it goes there whole if that leaves half of a GPU's free memory for the work; else it stays, and blocks go in turn.
+        """
+        from ..io import check_finite, load, load_streamed, needed_bytes
         from .settings import dtype_of
 
         dtype_of(self.dtype)
@@ -71,6 +76,8 @@ class ModelChoice:
                 return load_streamed(self.name, dtype=dtype_of(self.dtype))
             model = load(self.name, dtype=self.dtype, remote_code=self.remote_code)
             check_finite(model)
+            if device is not None and device.type == "cuda" and 2 * needed_bytes(model) < _free(device):
+                model.to(device)
         return model
 
     def structure(self, model: "nn.Module") -> "Structure":
@@ -142,6 +149,12 @@ def _fitting(data: "Batches", model: ModelChoice) -> "Batches":
     return data
 
 
+def _free(device: "torch.device") -> int:
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
 def protocol_line(data: "Batches") -> str:
     """Where numbers come from, in one line for people."""
     facts = data.protocol
@@ -152,3 +165,10 @@ def protocol_line(data: "Batches") -> str:
         f"hash {data.hash}",
     ]
     return ", ".join(parts)
+
+
+def environment_line(protocol: Mapping[str, object]) -> str:
+    """What moves a number in the last digits: dtype, device, versions, the convention of perplexity."""
+    words = [f"{protocol['dtype']} on {protocol['device']}"]
+    words += [f"{name} {protocol[name]}" for name in ("torch", "transformers", "convention") if name in protocol]
+    return ", ".join(words)

@@ -131,7 +131,7 @@ Device = Annotated[
     str,
     typer.Option(
         metavar="DEVICE",
-        help="cpu, cuda, cuda:1, mps, or auto: cuda where there is one. One block at a time is on it.",
+        help="cpu, cuda, cuda:1, mps, or auto: cuda where there is one. The whole model goes there if it fits, else block by block.",
         rich_help_panel=RUN,
     ),
 ]

@@ -79,6 +79,7 @@ class Screen:
             TextColumn("[dim]{task.fields[now]}"),
             console=self.err,
             transient=True,
+            speed_estimate_period=600,  # blocks of a large model take longer than rich's half minute
         )
         with bar:
             number = bar.add_task(title, total=None, now="")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..structure import Structure
 
 
-COLUMNS = ["method", "solver", "sparsity", "perplexity", "KL", "top-1", "s", "MB"]
+COLUMNS = ["method", "solver", "sparsity", "perplexity", "KL", "top-1", "seconds", "peak MB"]
 
 
 def by_budget(made: "Sequence[Row]") -> "list[list[Row]]":
@@ -33,7 +33,7 @@ def results_table(made: "Sequence[Row]", dense: float) -> Table:
     shown = table(*COLUMNS, left=2)
     shown.add_row(*_dense(dense), style="dim")
     for group in by_budget(made):
-        shown.add_section()
+        shown.add_row()
         for row in group:
             shown.add_row(*cells_of(row), style="bold green" if row is best(group) else "")
     return shown

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from .. import options
-from ..inputs import DataChoice, ModelChoice, protocol_line
+from ..inputs import DataChoice, ModelChoice, environment_line, protocol_line
 from ..screen import Screen
 from ..settings import MethodChoice, device_of, propagate_of, solver_of
 from ..tables import by_budget, results_table, write_report
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 def compare(
     model: options.Model,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
     methods: Annotated[
         str,
         typer.Option(
@@ -33,8 +36,6 @@ def compare(
     ] = 1,
     pattern: options.Pattern = None,
     set_: options.Set = None,
-    include: options.Include = None,
-    exclude: options.Exclude = None,
     solver: Annotated[
         str | None,
         typer.Option(
@@ -101,7 +102,8 @@ def compare(
     _check_output(output, force)
     choice = ModelChoice(model, dtype, tuple(include or ()), tuple(exclude or ()), remote_code)
     recipes = _recipes(methods, sparsity, range(seed, seed + seeds), pattern, set_ or (), solver, solver_set or ())
-    settings = Settings(propagate_of(propagate), None if (where := device_of(device)).type == "cpu" else where)
+    where = device_of(device)
+    settings = Settings(propagate_of(propagate), None if where.type == "cpu" else where)
     _ = choice.bytes  # a damaged file shows before anything slow
     source = DataChoice(data, samples, length, batch, seed)
     if held_out in (None, data) and source.where(choice) != "python-docs":
@@ -110,7 +112,7 @@ def compare(
         )
     drawn = {number: source.draw(choice, screen, number) for number in range(seed, seed + seeds)}
     windows = DataChoice(held_out or source.where(choice), length=length, batch=batch).read(choice, screen, tokens)
-    loaded = choice.load(screen)
+    loaded = choice.load(screen, device=where)
     structure = choice.structure(loaded)
     dense = copy.deepcopy(loaded)
     done: list[Cell] = []
@@ -186,15 +188,11 @@ def _show(
         "calibration": protocol_line(data),
         "seeds": ", ".join(str(seed) for seed in sorted({cell.recipe.seed for cell in done})),
         "measured on": protocol_line(windows),
-        **{
-            key: value
-            for key, value in dense.protocol.items()
-            if key in ("dtype", "device", "torch", "transformers", "convention")
-        },
+        "with": environment_line(dense.protocol),
     }
     verdicts = [verdict(group) for group in by_budget(made)]
     screen.show(results_table(made, dense.dense_perplexity or 0.0))
-    screen.show("", *verdicts, "", *(f"[dim]{key}: {value}[/]" for key, value in protocol.items()))
+    screen.show("", *verdicts, "", *(f"[dim]{key}: {escape(value)}[/]" for key, value in protocol.items()))
     if output is not None:
         plans = {cell.recipe.name: cell.plan for cell in done}
         write_report(
@@ -207,7 +205,7 @@ def _show(
             plans,
             structure,
         )
-        screen.show(f"Written to {output}.")
+        screen.show(escape(f"Written to {output}."))
     screen.show_json(
         {
             "dense": {"perplexity": dense.dense_perplexity},

@@ -1,10 +1,12 @@
 """`layerwise compress`: plan (or take a plan), prune block by block, save, check what was saved."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from .. import options
 from ..inputs import DataChoice, ModelChoice, protocol_line
@@ -25,15 +27,15 @@ if TYPE_CHECKING:
 
 def compress(
     model: options.Model,
-    output: options.Out,
+    *,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
     method: options.Method = None,
     sparsity: options.Sparsity = None,
     pattern: options.Pattern = None,
     set_: options.Set = None,
     min_sparsity: options.MinSparsity = None,
     max_sparsity: options.MaxSparsity = None,
-    include: options.Include = None,
-    exclude: options.Exclude = None,
     plan: Annotated[
         Path | None,
         typer.Option(
@@ -71,6 +73,7 @@ def compress(
         ),
     ] = None,
     remote_code: options.RemoteCode = False,
+    output: options.Out,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -101,14 +104,15 @@ def compress(
     drawn = None
     if chosen.needs != "none" or (built is not None and built.needs_data):
         drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen)
-    loaded = choice.load(screen, stream=stream)
+    loaded = choice.load(screen, stream=stream, device=where)
     structure = choice.structure(loaded)
     if given is not None:
         final = with_facts(given, choice, structure, chosen) if given.model is None else _with_solver(given, chosen)
     else:
         final = make_plan(built, choice, loaded, structure, drawn, screen, chosen)
+        final = Plan.model_validate(ranks.share_object(final.to_dict(), 0))  # the last bit of a score may differ
     job = _Job(choice, loaded, final, chosen, drawn, settings, stream)
-    with work_folder(folder):
+    with work_folder(folder) if ranks.rank == 0 else nullcontext():
         result = job.run(screen)
         if ranks.rank == 0:
             saved = job.save(output, force, result, screen)
@@ -194,10 +198,10 @@ def _show(job: _Job, result: "Result", saved: "Saved", screen: Screen) -> None:
     )
     rows.add_row("method", f"{job.plan.method.get('name', 'plan')}, solver {job.solver.name}")
     if job.data is not None:
-        rows.add_row("data", protocol_line(job.data))
+        rows.add_row("data", escape(protocol_line(job.data)))
     parts = ", ".join(f"{part} {seconds[part]:.1f}" for part in ("collect", "solve", "propagate"))
     rows.add_row("seconds", f"{seconds['total']:.1f} ({parts})")
-    screen.show(f"[bold]{saved.folder}[/]", rows, *saved.lines())
+    screen.show(f"[bold]{escape(str(saved.folder))}[/]", rows, *saved.lines())
     screen.show_json(
         {
             "output": str(saved.folder),

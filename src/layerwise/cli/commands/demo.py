@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from .. import options
-from ..inputs import DataChoice, ModelChoice, protocol_line
+from ..inputs import DataChoice, ModelChoice, environment_line, protocol_line
 from ..planning import with_facts
 from ..screen import Screen
 from ..settings import MethodChoice, device_of, solver_of
@@ -24,17 +25,11 @@ if TYPE_CHECKING:
     from ...structure import Structure
 
 METHODS, SOLVERS = ("uniform", "random", "erk", "owl"), ("wanda", "sparsegpt")
-PROMPT = "def fibonacci(n):\n    "
-WRITTEN = 40  # tokens of the continuation
+PROMPT = "for line in file:\n    line = line."
+WRITTEN, PENALTY = 48, 1.15  # tokens of the continuation; so small a model repeats itself without a penalty
 
 
 def demo(
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", metavar="FOLDER", help="Where the best model goes.", rich_help_panel=options.OUTPUT
-        ),
-    ] = Path("layerwise-demo"),
     sparsity: Annotated[
         float, typer.Option(metavar="S", help="Fraction of the weights set to zero.", rich_help_panel=options.HOW)
     ] = 0.6,
@@ -48,6 +43,12 @@ def demo(
     data: options.Data = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="Where the best model goes.", rich_help_panel=options.OUTPUT
+        ),
+    ] = Path("layerwise-demo"),
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -69,7 +70,7 @@ def demo(
     check_output(output, force=force, needed=choice.bytes)
     source = DataChoice(data or "python-docs", samples, min(512, choice.length(None)), seed=seed)
     drawn, windows = source.draw(choice, screen), source.read(choice, screen, tokens)
-    loaded = choice.load(screen)
+    loaded = choice.load(screen, device=where)
     structure = choice.structure(loaded)
     dense = copy.deepcopy(loaded)
     _introduce(model, loaded, structure, sparsity, screen)
@@ -85,11 +86,11 @@ def demo(
     plans = {cell.recipe.name: cell.plan for cell in done}
     verdicts = [verdict(group) for group in by_budget(rows(done))]
     protocol = {
-        "calibration": protocol_line(drawn), "measured on": protocol_line(windows), **done[0].evaluation.protocol,
+        "calibration": protocol_line(drawn), "measured on": protocol_line(windows), "with": environment_line(done[0].evaluation.protocol),
     }  # fmt: skip
     _show_plans(plans, structure, screen)
     screen.show("[bold]What it cost[/]", results_table(rows(done), done[0].evaluation.dense_perplexity or 0.0), "")
-    screen.show(*verdicts, *(f"[dim]{key}: {protocol[key]}[/]" for key in ("calibration", "measured on")))
+    screen.show(*verdicts, *(f"[dim]{key}: {escape(protocol[key])}[/]" for key in protocol))
     saved = kept.save(choice, loaded, structure, output, force, screen)
     picture = _write_pictures(
         output,
@@ -169,7 +170,7 @@ def _introduce(name: str, model: "nn.Module", structure: "Structure", sparsity: 
     weights = sum(layer.size for layer in structure.layers)
     origin = ", trained on the standard library's source and documentation" if name == "demo" else ""
     screen.show(
-        f"[bold]{name}[/]: {type(model).__name__}, {structure.parameters:,} parameters{origin}.",
+        f"[bold]{escape(name)}[/]: {type(model).__name__}, {structure.parameters:,} parameters{origin}.",
         f"{len(structure.layers)} layers in {len(structure.blocks)} blocks; of their {weights:,} weights {sparsity:.0%} go:"
         f" {' and '.join(METHODS[:2])} as controls, {' and '.join(METHODS[2:])}; each with {' and '.join(SOLVERS)}.\n",
     )
@@ -177,6 +178,8 @@ def _introduce(name: str, model: "nn.Module", structure: "Structure", sparsity: 
 
 def _show_plans(plans: "dict[str, Plan]", structure: "Structure", screen: Screen) -> None:
     """ERK differs by role and OWL by block; each is drawn along what it differs in, side by side."""
+    from rich.text import Text
+
     from ...report import bar_chart
 
     half = max(20, (min(screen.out.width, 110) - 4) // 2)
@@ -190,7 +193,12 @@ def _show_plans(plans: "dict[str, Plan]", structure: "Structure", screen: Screen
     ]
     grid = Table.grid(padding=(0, 4))
     grid.add_row(*(f"[bold]{title}[/]" for title, _ in charts))
-    grid.add_row(*(bar_chart(shares, half, form=".1%", maximum=1.0, ascii_only=ascii_only) for _, shares in charts))
+    grid.add_row(
+        *(
+            Text(bar_chart(shares, half, form=".1%", maximum=1.0, ascii_only=ascii_only), style="cyan")
+            for _, shares in charts
+        )
+    )
     screen.show(grid, "")
 
 
@@ -231,9 +239,13 @@ def _write(choice: ModelChoice, dense: "nn.Module", output: Path, screen: Screen
     written = {}
     with screen.task("Loading it back and writing with it"):
         for name, model in (("dense", dense), ("pruned", load(output, dtype="float32"))):
-            made: Any = model.generate(
-                ids, max_new_tokens=WRITTEN, do_sample=False, pad_token_id=tokenizer.eos_token_id or 0
-            )  # type: ignore[operator]
+            made: Any = model.generate(  # type: ignore[operator]
+                ids.to(model.device),
+                max_new_tokens=WRITTEN,
+                do_sample=False,
+                repetition_penalty=PENALTY,
+                pad_token_id=0,
+            )
             written[name] = tokenizer.decode(made[0], skip_special_tokens=True)
     return written
 
@@ -252,7 +264,9 @@ def _show_saved(
 
     assert kept.cell is not None  # noqa: S101
     recipe = kept.cell.recipe
-    screen.show("", f"[bold]Saved: {recipe.name} with {recipe.solver.name}, in {output}[/]", *saved.lines())
+    screen.show(
+        "", f"[bold]Saved: {recipe.name} with {recipe.solver.name}, in {escape(str(output))}[/]", *saved.lines()
+    )
     screen.show(
         missing
         or f"Sparsities of every layer: {output / 'sparsities.png'}; everything on one page: {output / 'report.html'}",

@@ -4,9 +4,10 @@ import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from .. import options
-from ..inputs import DataChoice, ModelChoice
+from ..inputs import DataChoice, ModelChoice, environment_line, protocol_line
 from ..screen import Screen, table
 from ..settings import convention_of, device_of
 
@@ -103,7 +104,9 @@ def evaluate(
             *((f"{times[name]['prefill_ms']:.1f}", f"{times[name]['decode_ms']:.2f}") if times else ()),
         )
     screen.show(
-        rows, f"\n[dim]{found.tokens:,} tokens scored; {', '.join(f'{k} {v}' for k, v in found.protocol.items())}[/]"
+        rows,
+        f"\n[dim]measured on: {escape(protocol_line(windows))}; {found.tokens:,} tokens scored[/]",
+        f"[dim]with: {environment_line(found.protocol)}[/]",
     )
     screen.show_json(
         {

@@ -4,6 +4,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from .. import options
 from ..inputs import ModelChoice
@@ -36,7 +37,7 @@ def inspect(
     zeros = _zeros(loaded, structure)
     chosen = sum(layer.size for layer in structure.layers)
     screen.show(
-        f"[bold]{model}[/]: {type(loaded).__name__}, {structure.parameters:,} parameters, {choice.bytes:,} bytes",
+        f"[bold]{escape(model)}[/]: {type(loaded).__name__}, {structure.parameters:,} parameters, {choice.bytes:,} bytes",
         *(f"{len(stack.blocks)} blocks in {stack.name}" for stack in structure.stacks),
         f"{len(structure.layers)} layers to compress: {chosen:,} weights, {chosen / structure.parameters:.1%} of the model\n",
         _layers(structure, zeros) if layers else _roles(structure, zeros),

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
+from rich.text import Text
 
 from .. import options
 from ..inputs import DataChoice, ModelChoice
@@ -20,25 +22,14 @@ MOST_BARS = 48  # a model of more blocks than this gets no chart in the terminal
 
 def plan(
     model: options.Model,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="plan.yaml, or .json.",
-            rich_help_panel=options.OUTPUT,
-            show_default=False,
-        ),
-    ] = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
     method: options.Method = None,
     sparsity: options.Sparsity = None,
     pattern: options.Pattern = None,
     set_: options.Set = None,
     min_sparsity: options.MinSparsity = None,
     max_sparsity: options.MaxSparsity = None,
-    include: options.Include = None,
-    exclude: options.Exclude = None,
     edit: Annotated[
         Path | None,
         typer.Option(
@@ -72,6 +63,17 @@ def plan(
     seed: options.Seed = 0,
     dtype: options.Dtype = "auto",
     remote_code: options.RemoteCode = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="plan.yaml, or .json.",
+            rich_help_panel=options.OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -113,7 +115,7 @@ def plan(
         made.save(output, force=force)
     _show(made, structure, screen)
     if output is not None:
-        screen.show(f"\nWritten to {output}. Apply it: layerwise compress {model} --plan {output} -o OUT")
+        screen.show(escape(f"\nWritten to {output}. Apply it: layerwise compress {model} --plan {output} -o OUT"))
     screen.show_json({"output": None if output is None else str(output), "plan": made.to_dict()})
 
 
@@ -133,7 +135,12 @@ def _show(made: "Plan", structure: "Structure", screen: Screen) -> None:
             blocks[block.name] = sum(zeros[name] for name in inside) / sum(sizes[name] for name in inside)
     if 1 < len(blocks) <= MOST_BARS:
         width = min(screen.out.width, 100)
-        screen.show(bar_chart(blocks, width, form=".1%", maximum=1.0, ascii_only=screen.out.encoding == "ascii"))
+        screen.show(
+            Text(
+                bar_chart(blocks, width, form=".1%", maximum=1.0, ascii_only=screen.out.encoding == "ascii"),
+                style="cyan",
+            )
+        )
     screen.show("", _by_role(structure, zeros))
 
 
