@@ -192,15 +192,11 @@ class _Steps:
     ) -> Generator[Event, None, list[object]]:
         """Collect, solve, and compute what each pass goes on with (nothing after the last unit). Returns the outputs."""
         yield BlockStarted(unit.name, index, self.total)
-        clock, seconds, device = (
-            time.perf_counter,
-            {"collect": 0.0, "solve": 0.0, "propagate": 0.0},
-            self.settings.device,
-        )
+        seconds, device = {"collect": 0.0, "solve": 0.0, "propagate": 0.0}, self.settings.device
         resumed, dense = self._finished(unit), self.settings.propagate == "dense"
         outputs: list[object] = []
         with at_hand(self.model, unit.name, device) as module:
-            started = clock()
+            started = _now()
             groups: list[SharedInput] = []
             if unit.layers and not resumed:
                 keep = dense and not last
@@ -213,7 +209,7 @@ class _Steps:
                 groups = collector.groups()
             elif dense and not last:  # the dense block's output, before finished weights are read
                 outputs = [one.run(device, fresh=True) for one in standing]
-            seconds["collect"], started = clock() - started, clock()
+            seconds["collect"], started = _now() - started, _now()
             if resumed:
                 yield from self._resume(unit)
             elif unit.layers:
@@ -221,10 +217,10 @@ class _Steps:
                     first = group.layers[0]
                     self.ranks.add_up(group.accumulators, first.columns, self.solver.needs, _device_of(module))
                 yield from self._solve(unit, groups, module)
-            seconds["solve"], started = clock() - started, clock()
+            seconds["solve"], started = _now() - started, _now()
             if not last and not dense:
                 outputs = [one.run(device, fresh=standing[0].wrote) for one in standing]
-            seconds["propagate"] = clock() - started
+            seconds["propagate"] = _now() - started
         yield BlockFinished(unit.name, index, self.total, seconds, resumed)
         return outputs
 
@@ -251,6 +247,13 @@ class _Steps:
         """A streamed block is read from the work folder from now on."""
         if self.work and unit.layers and (store := store_of(self.model)) is not None:
             store.replace(unit.name, self.work.path(unit.name))
+
+
+def _now() -> float:
+    """Seconds, with what was queued on an accelerator done: else its time would be booked on a later step."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _device_of(module: nn.Module) -> torch.device:
