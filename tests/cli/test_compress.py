@@ -152,10 +152,10 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_bits(here, same_process, c
     assert out == ""
     assert len(err.splitlines()) == 1
     if stop is KeyboardInterrupt:
-        assert "1 blocks are kept in out.work: run the same command again" in err
+        assert "Blocks finished in out.work: 1. Run the same command again" in err
     assert not (here / "out").exists()
     assert main([*COMPRESS, "-o", "out", *stream]) == 0
-    assert "Going on from out.work: 1 of 3 blocks were finished before." in capsys.readouterr().err
+    assert "Going on from out.work: 1 of 3 blocks finished before." in capsys.readouterr().err
     assert not (here / "out.work").exists()
     once = weights(here / "once")
     assert all(tensor.equal(once[name]) for name, tensor in weights(here / "out").items())

@@ -36,7 +36,7 @@ def bar_of(step: Step, screen: Screen, work: Path) -> Callable[["Event"], None]:
             step(event.index + 1, event.total, event.block)
             if event.resumed and not said:
                 said = True
-                screen.say(f"Going on from {work}: {before} of {event.total} blocks were finished before.")
+                screen.say(f"Going on from {work}: {before} of {event.total} blocks finished before.")
 
     return show
 
@@ -60,11 +60,8 @@ def work_folder(work: Path) -> Iterator[None]:
         kept = finished_blocks(work)
         if not kept:
             remove(work)
-        how = (
-            f"{kept} blocks are kept in {work}: run the same command again to go on."
-            if kept
-            else "Nothing was written."
-        )
+        go_on = f"Blocks finished in {work}: {kept}. Run the same command again to go on."
+        how = go_on if kept else "Nothing was written."
         raise Stopped(f"stopped. {how}") from error
     except BaseException as error:
         hopeless = isinstance(error, LayerwiseError) and not isinstance(error, SaveError) and not before

@@ -1,5 +1,6 @@
 """`layerwise methods`: what there is, one line each."""
 
+import sys
 from dataclasses import fields
 
 from .. import options
@@ -56,7 +57,6 @@ def _settings(kind: type) -> str:
 
 
 def _first_line(kind: type) -> str:
-    """The first sentence of the module that defines it: what the solver is and whose."""
-    import sys
-
-    return (sys.modules[kind.__module__].__doc__ or "").strip().splitlines()[0].partition(" (")[0].rstrip(".")
+    """The first sentence of the module that defines it, without name and source."""
+    line = (sys.modules[kind.__module__].__doc__ or "").strip().splitlines()[0]
+    return line.partition(": ")[2].partition(" (")[0].rstrip(".")
