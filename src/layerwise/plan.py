@@ -12,15 +12,16 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from .errors import BudgetError, OutputError, PlanError, SelectionError
+from .plan_check import Sized, entry_problems
 from .plan_diff import Change, differences
 from .plan_shift import shift_evenly
-from .plan_text import describe, near, parse, to_yaml
+from .plan_text import describe, parse, to_yaml
 from .treatments import (
     FIELDS,
     CacheBits,
@@ -77,19 +78,6 @@ class Budget(Record):
     flops: Amount | None = Field(default=None, description="give a number of operations, at least 0")
     bytes: Amount | None = Field(default=None, description="give a number of bytes, at least 0")
     achieved: Number | None = None  # written for the reader (`Plan.with_achieved`); never trusted
-
-
-class Sized(Protocol):
-    """What a plan reads of a layer."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def columns(self) -> int: ...
 
 
 class Plan(Record):
@@ -154,7 +142,7 @@ class Plan(Record):
             )
         problems = []
         for number, (name, treatments) in enumerate(self.layers.items(), start=1):
-            problems += _entry_problems(number, name, treatments, self.layers, known, blocks)
+            problems += entry_problems(number, name, treatments, self.layers, known, blocks)
         if not problems:
             problems += self._budget_problems(list(known.values()))
         if problems:
@@ -275,31 +263,6 @@ class Plan(Record):
 def diff_plans(a: Plan, b: Plan) -> list[Change]:
     """What turns plan `a` into plan `b`, settings first, then layers in the order of the plans. Scores are left out."""
     return differences(a.to_dict(), b.to_dict())
-
-
-def _entry_problems(
-    number: int,
-    name: str,
-    entry: Treatments,
-    entries: Mapping[str, Treatments],
-    known: Mapping[str, Sized],
-    blocks: set[str],
-) -> list[str]:
-    """What is wrong with one entry of the plan, given the model's layers and blocks."""
-    where, names = f'plan: entry {number}, "{name}"', [*known, *blocks]
-    if name not in known and name not in blocks and not any(other.startswith(f"{name}.") for other in names):
-        return [f"{where}: the model has no layer or block of this name.{near(name, names)}"]
-    if name not in known:
-        weights = [field for field in ("prune", "quantize", "factorize") if getattr(entry, field)]
-        problems = [f"{where}: {field} needs a layer with a weight. Name the layers inside it." for field in weights]
-    else:
-        problems = [f"{where}: {problem}" for problem in entry.problems(known[name].rows, known[name].columns)]
-    if entry.drop and blocks and name not in blocks:
-        problems.append(f"{where}: drop removes a whole block, and this is none. Name a block such as {min(blocks)}.")
-    for outer in (name[:i] for i, letter in enumerate(name) if letter == "."):
-        if outer in entries and entries[outer].drop:
-            problems.append(f'{where}: the plan drops "{outer}", which holds it. Remove one of the two entries.')
-    return problems
 
 
 def _holder(location: Sequence[str | int]) -> type[Record] | None:

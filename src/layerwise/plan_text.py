@@ -4,7 +4,6 @@ Numbers and words follow YAML 1.2. Under YAML 1.1, PyYAML's rule, `pattern: 2:4`
 `on` a boolean. Keys are always names, so a layer called `0` or `no` needs no quotes.
 """
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ import yaml
 from pydantic import BaseModel
 
 from .errors import PlanError
+from .settings import nearest
 
 
 def to_yaml(plain: Mapping[str, Any], by_line: Iterable[str]) -> str:
@@ -59,7 +59,7 @@ def describe(source: str, problem: Mapping[str, Any], record: type[BaseModel] | 
     key = location[-1] if location else ""
     if problem["type"] == "extra_forbidden":
         known = list(record.model_fields) if record else []
-        hint = near(key, known) or " Known keys: " + ", ".join(known) + "."
+        hint = nearest(key, known) or " Known keys: " + ", ".join(known) + "."
         return f'{start}: unknown key "{path}".{hint}'
     if problem["type"] == "missing":
         return f'{start}: "{path}" is missing{_right(record, key)}.'
@@ -67,12 +67,6 @@ def describe(source: str, problem: Mapping[str, Any], record: type[BaseModel] | 
     if isinstance(problem["input"], (Mapping, BaseModel)):
         return f"{start}: {path}{': ' if path else ''}{message}.".replace(": : ", ": ")
     return f"{start}: {path} {_short(problem['input'])}{_right(record, key) or f': {message}'}."
-
-
-def near(name: str, names: Iterable[str]) -> str:
-    """' Did you mean "…"?' for the nearest of the names, or nothing."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
-    return f' Did you mean "{close[0]}"?' if close else ""
 
 
 def _right(record: type[BaseModel] | None, key: str) -> str:
