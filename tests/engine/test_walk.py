@@ -11,7 +11,7 @@ import torch
 from layerwise.engine import BlockFinished, BlockStarted, LayerSolved, Settings, compress, walk
 from layerwise.errors import ConfigError, DataError, PlanError, SolveError, StatisticsError, WalkError
 from layerwise.passes import collect_dense
-from layerwise.plan import Budget, Plan, Prune
+from layerwise.plan import Budget, Plan, Prune, Treatments
 from layerwise.solvers import Magnitude, Random, SparseGPT, Wanda
 from layerwise.solvers.base import Solved
 from layerwise.structure import as_matrices, parameter_of, structure_of
@@ -115,6 +115,42 @@ def test_relative_error_is_what_it_says():
         gram = statistics[layer.name][0].gram.double()
         change = ((old - new) @ gram * (old - new)).sum() / ((old @ gram) * old).sum()
         assert event.error == pytest.approx(float(change), rel=1e-3)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "row", "column", "block(1x7)", "block(4x8)"])
+@pytest.mark.parametrize("name", ["mixtral", "convnext"])
+def test_layers_of_several_matrices_lose_exactly_what_the_plan_counts_in_every_pattern(name, pattern):
+    model = MODELS[name]()
+    several = [layer for layer in structure_of(model).layers if layer.matrices > 1]  # experts; depthwise convolutions
+    prune = Prune(sparsity=0.3, pattern=pattern)
+    layers = [layer for layer in several if not Treatments(prune=prune).problems(layer.rows, layer.columns)]
+    plan = Plan(layers={layer.name: prune for layer in layers})
+    result = compress(model, plan, solver=Magnitude())
+    assert {event.layer: event.zeros for event in result.layers} == plan.zeros(layers)
+    assert layers or (name, pattern) in (("mixtral", "block(1x7)"), ("convnext", "block(4x8)"))
+
+
+def test_kept_weights_of_a_float64_model_stay_bit_identical():
+    model, structure, plan, data = setup("llama")
+    model.double()
+    for layer in structure.layers:
+        parameter_of(model, layer).data += 1e-12  # no float32 holds this
+    before = weights(model, structure)
+    compress(model, plan, solver=Wanda(), data=data)
+    for layer in structure.layers:
+        kept = (weight := parameter_of(model, layer)) != 0
+        assert torch.equal(weight[kept], before[layer.name][kept])
+
+
+def test_a_new_weight_that_float16_cannot_hold_is_an_error_naming_the_layer():
+    @dataclasses.dataclass(frozen=True)
+    class Large(Magnitude):
+        def solve(self, weights, inputs, prunes, generators):
+            return [Solved(torch.full_like(weight, 1e5), torch.ones_like(weight).bool()) for weight in weights]
+
+    model, _, plan, _ = setup("llama")
+    with pytest.raises(SolveError, match=r'layer "model.layers.0.self_attn.q_proj": its new weight overflows float16'):
+        compress(model.half(), plan, solver=Large())
 
 
 @pytest.mark.parametrize("solver", [Wanda(), SparseGPT(), Magnitude(), Random()], ids=lambda solver: solver.name)

@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import LayerwiseError
+from ..errors import LayerwiseError, SolveError
 from ..passes import InputStatistics, SharedInput
 from ..plan import Prune
 from ..randomness import generator_for
 from ..solvers.base import Solved, Solver
+from ..solvers.select import spread
 from ..structure import Layer, as_matrices, from_matrices, parameter_of
 from .events import LayerSolved
 from .ranks import Ranks
@@ -61,7 +62,7 @@ def solve_group(
     events = []
     for position, layer in enumerate(group.layers):
         parameter = parameter_of(model, layer)
-        parameter.data.copy_(from_matrices(new[position], layer))
+        _store(parameter, from_matrices(new[position], layer), layer)
         events.append(
             _event(layer, parameter, [s[position] for s in solved], [s[position] for s in sizes], statistics, solver)
         )
@@ -69,15 +70,25 @@ def solve_group(
 
 
 def _per_matrix(layer: Layer, prune: Prune) -> list[Prune]:
-    """The layer's exact count of zeros, spread over its matrices in whole weights."""
-    if layer.matrices == 1 or prune.pattern != "unstructured":
+    """The layer's exact count of zeros (`Prune.zeros`), spread over its matrices in whole weights, rows, columns or blocks."""
+    if layer.matrices == 1 or prune.nm:  # n:m leaves no choice
         return [prune] * layer.matrices
-    zeros, size = round(prune.sparsity * layer.size), layer.rows * layer.columns
-    ends = [zeros * (index + 1) // layer.matrices for index in range(layer.matrices)]
-    return [
-        Prune(sparsity=(end - start) / size, pattern=prune.pattern)
-        for start, end in zip([0, *ends[:-1]], ends, strict=True)
-    ]
+    unit = prune.unit(layer.rows, layer.columns)
+    each, wanted = layer.rows * layer.columns // unit, prune.zeros(layer.size, layer.rows, layer.columns) // unit
+    counts = spread(wanted, [each] * layer.matrices)
+    return [Prune(sparsity=count / each, pattern=prune.pattern) for count in counts]
+
+
+def _store(parameter: Tensor, new: Tensor, layer: Layer) -> None:
+    """Write a float32 weight in the parameter's own dtype; what was kept as it was stays bit-identical, in float64 too."""
+    old = parameter.detach()
+    if old.dtype == torch.float64:
+        new = torch.where(new == old.float(), old, new.double())
+    if old.dtype == torch.float16 and not new.half().isfinite().all():
+        raise SolveError(
+            f'layer "{layer.name}": its new weight overflows float16. Load the model in bfloat16 or float32 (--dtype).'
+        )
+    parameter.data.copy_(new)
 
 
 def _or_none_seen(
