@@ -7,9 +7,11 @@ from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from layerwise.engine import BlockFinished, BlockStarted, LayerSolved, Settings, compress, walk
-from layerwise.errors import ConfigError, DataError, PlanError, SolveError, StatisticsError, WalkError
+from layerwise.engine.walk import run_key
+from layerwise.errors import ConfigError, DataError, OutputError, PlanError, SolveError, StatisticsError, WalkError
 from layerwise.passes import collect_dense
 from layerwise.plan import Budget, Plan, Prune, Treatments
 from layerwise.solvers import Magnitude, Random, SparseGPT, Wanda
@@ -188,13 +190,44 @@ def test_a_work_folder_of_another_run_is_refused_with_the_difference(tmp_path):
         compress(fresh, plan, solver=Wanda(), data=data, settings=Settings(work=str(tmp_path)))
 
 
-def test_a_damaged_checkpoint_is_one_line(tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "another model", "report", "run"])
+def test_a_damaged_work_folder_is_one_line(tmp_path, damage):
     model, _, plan, data = setup()
-    compress(model, plan, solver=Wanda(), data=data, settings=Settings(work=str(tmp_path)))
+    settings = Settings(work=str(tmp_path))
+    compress(model, plan, solver=Wanda(), data=data, settings=settings)
     file = tmp_path / "blocks" / "model.layers.0.safetensors"
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ConfigError, match="damaged"):
-        compress(MODELS["llama"]().eval(), plan, solver=Wanda(), data=data, settings=Settings(work=str(tmp_path)))
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:100])
+    elif damage == "another model":
+        save_file({"model.layers.7.weight": torch.zeros(2)}, file)
+    elif damage == "report":
+        file.with_suffix(".json").write_text("[1]")
+    else:
+        (tmp_path / "run.json").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"damaged|not readable") as caught:
+        compress(MODELS["llama"]().eval(), plan, solver=Wanda(), data=data, settings=settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_work_folder_that_cannot_be_made_is_one_line(tmp_path):
+    model, _, plan, data = setup()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"work folder .* cannot be made"):
+        compress(model, plan, solver=Wanda(), data=data, settings=Settings(work=str(tmp_path / "file" / "work")))
+
+
+def test_a_run_is_known_by_every_bit_of_its_model_on_any_number_of_threads():
+    model, structure, plan, data = setup()
+    key = run_key(model, plan, Wanda(), data, Settings(), structure)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 - min(threads, 2))
+        assert run_key(model, plan, Wanda(), data, Settings(), structure) == key
+    finally:
+        torch.set_num_threads(threads)
+    weight = model.model.layers[0].mlp.up_proj.weight.data
+    weight.copy_(weight.flip(0))  # the same values elsewhere
+    assert run_key(model, plan, Wanda(), data, Settings(), structure)["model"] != key["model"]
 
 
 def test_events_tell_every_block_and_layer_in_order():

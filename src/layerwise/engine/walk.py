@@ -128,9 +128,10 @@ def run_key(
     if (store := store_of(model)) is not None:
         weights.update(store.fingerprint.encode())
     else:
-        for name, parameter in model.named_parameters():
-            total = parameter.detach().double().sum().item(), parameter.detach().double().square().sum().item()
-            weights.update(f"{name}{total!r}".encode())
+        for name, parameter in model.named_parameters():  # bytes, not sums: those depend on the number of threads
+            weights.update(f"{name}{parameter.dtype}".encode())
+            plain = parameter.detach().cpu().contiguous().flatten()
+            weights.update(plain.view(torch.uint8).numpy().data if plain.numel() else b"")
     return {
         "model": weights.hexdigest()[:16],
         "plan": hashlib.sha256(repr(sorted(plan.to_dict()["layers"].items())).encode()).hexdigest()[:16],
@@ -225,7 +226,10 @@ class _Steps:
         return outputs
 
     def _finished(self, unit: Unit) -> bool:
-        return self.work is not None and bool(unit.layers) and self.work.finished(unit.name)
+        """Rank 0 looks, for all: it writes the files, and a rank that comes late would see what this run has just written."""
+        if self.work is None or not unit.layers:
+            return False
+        return self.ranks.share_object(self.work.finished(unit.name), 0)
 
     def _solve(self, unit: Unit, groups: list[SharedInput], module: nn.Module) -> Iterator[LayerSolved]:
         solved = []

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import ConfigError, SaveError
+from ..errors import ConfigError, OutputError, SaveError
 from .events import LayerSolved
 
 
@@ -23,14 +23,17 @@ class Work:
 
     def __init__(self, folder: str | Path, key: Mapping[str, str]) -> None:
         self.folder = Path(folder)
-        (self.folder / "blocks").mkdir(parents=True, exist_ok=True)
+        try:
+            (self.folder / "blocks").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f'work folder "{self.folder}" cannot be made: {error.strerror}.') from error
         run = self.folder / "run.json"
         if not run.exists():
             write_whole(run, json.dumps(dict(key), indent=1).encode())
             return
         try:
-            before = json.loads(run.read_text(encoding="utf-8"))
-        except ValueError as error:
+            before = dict(json.loads(run.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, OSError) as error:
             raise ConfigError(f"{run}: not readable; remove the work folder to start again.") from error
         if changed := sorted(name for name in {*before, *key} if before.get(name) != key.get(name)):
             details = "; ".join(f"{name}: {before.get(name)} then, {key.get(name)} now" for name in changed)
@@ -64,11 +67,12 @@ class Work:
                     parameter = model.get_parameter(name)
                     parameter.data.copy_(file.get_tensor(name))
             report = json.loads(self.path(block).with_suffix(".json").read_text(encoding="utf-8"))
-        except (SafetensorError, ValueError, OSError) as error:
+            return [LayerSolved(**{**event, "notes": tuple(event["notes"])}) for event in report]
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(
-                f"{self.path(block)}: damaged ({error}). Remove the work folder to start again."
+                f"{self.path(block)}: damaged ({reason}). Remove the work folder to start again."
             ) from error
-        return [LayerSolved(**{**event, "notes": tuple(event["notes"])}) for event in report]
 
 
 def write_whole(path: Path, content: bytes) -> None:
