@@ -4,7 +4,7 @@
 
 Text: every document of `python-docs` except the held-out modules, and a quarter of the library's tests in each epoch
 (never those of a held-out module). Tokenizer: byte-level BPE of 4096. Muon for the matrices of the blocks, AdamW for
-the rest, learning rate falling linearly to zero over the given minutes. Writes model, tokenizer and `training.json`
+the rest, learning rate falling linearly to zero over the given minutes; `--start` adds a second phase. Writes model, tokenizer and `training.json`
 with the held-out perplexity and bits per byte beside xz. Stops at the time given, so two runs differ in their bits.
 """
 
@@ -33,20 +33,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=100)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="go on from this model, as a second phase at half the learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
 
     library, tests = [text for _, text in python_docs("calibration")], library_tests()
     held_out = [text for _, text in python_docs("held-out")]
-    tokenizer = train_tokenizer(library)
+    tokenizer = Tokenizer.from_file(str(options.start / "tokenizer.json")) if options.start else train_tokenizer(library)
     encode = lambda texts: [[*encoding.ids, 0] for encoding in tokenizer.encode_batch(texts)]  # noqa: E731
     print(f"{len(library)} documents, {len(tests)} tests, {len(held_out)} held out")
     library_ids, test_ids, held_out_ids = encode(library), encode(tests), encode(held_out)
     tokens = [sum(map(len, ids)) for ids in (library_ids, test_ids, held_out_ids)]
     print("tokens: library {}, tests {}, held out {}".format(*tokens), flush=True)
 
-    model = build_model(options.seed).to(options.device)
+    model, before = build_model(options.seed).to(options.device), {}
+    if options.start:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(options.start, dtype=torch.float32).state_dict())
+        before = json.loads((options.start / "training.json").read_text())
     log = train(model, library_ids, test_ids, held_out_ids, options, tokenizer)
     report = {
         "python": platform.python_version(),
@@ -55,6 +59,7 @@ def main() -> None:
         "tokens": {"library": tokens[0], "tests": tokens[1], "held_out": tokens[2], "seen": log[-1]["tokens"]},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "minutes": options.minutes,
+        "first_phase": before,
         "torch": torch.__version__,
         "held_out": measure_saved(options.out, held_out_ids, held_out, library),
         "log": log,
@@ -131,7 +136,7 @@ def train(model, library, tests, held_out, options, tokenizer) -> list[dict]:
                 log.append(entry(model, step, seen, recent, held_out, started, tokens=10**9))
                 save(model, tokenizer, options.out)
                 return log
-            factor = min(1.0, (step + 1) / 100) * (1 - done)
+            factor = min(1.0, (step + 1) / 100) * (1 - done) * (0.5 if options.start else 1.0)
             for optimiser, rate in zip(optimisers, rates, strict=True):
                 optimiser.param_groups[0]["lr"] = rate * factor
             recent.append(train_step(model, batch.to(options.device), optimisers))
