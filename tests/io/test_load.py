@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from layerwise.errors import ModelError
-from layerwise.io import check_finite, load, load_into, load_tokenizer
+from layerwise.io import check_finite, count_zeros, load, load_into, load_tokenizer, saved_report
 from layerwise.io.places import loader_of
-from layerwise.io.weights import check_file, count_zeros, weight_files
+from layerwise.io.weights import check_file, weight_files
 
 LLAMA = LlamaConfig(
     vocab_size=64,
@@ -301,7 +301,8 @@ def test_zeros_are_counted_in_the_file(tmp_path):
         {"a": torch.tensor([[0.0, 1.0, -0.0]]), "b": torch.zeros(3), "c": torch.zeros(2, 2).int()},
         tmp_path / "model.safetensors",
     )
-    assert count_zeros(tmp_path) == {"a": (2, 3)}
+    assert count_zeros(tmp_path) == {"a": (2, (1, 3)), "b": (3, (3,))}
+    assert saved_report(tmp_path).zeros == 2  # of matrices
 
 
 def test_the_header_tells_what_the_file_holds(folder):

@@ -4,16 +4,14 @@ What a plan asked for is not what was saved until the file says so.
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import ModelError, SelectionError
-
-ROWS = 2**26  # weights read from a file at once
+from ..errors import SelectionError
+from ..io import zeros as saved
 
 
 @dataclass(frozen=True)
@@ -44,67 +42,27 @@ def count_zeros(source: nn.Module | str | Path, names: Collection[str] | None = 
     names: the parameters to count; None counts every floating-point tensor. Tied parameters of a model count once.
     Raises ModelError for a folder without readable safetensors, SelectionError for a name that is not there.
     """
-    zeros: dict[str, int] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape, pieces in _in_memory(source) if isinstance(source, nn.Module) else _saved(Path(source)):
-        if names is not None and name not in names:
-            continue
-        for piece in pieces:
-            if not piece.is_floating_point():  # packed integers: their zeros are codes, not weights
-                break
-            zeros[name] = zeros.get(name, 0) + _zeros(piece)
-            shapes[name] = shape
-    if names is not None and (absent := sorted(set(names) - shapes.keys())):
-        raise SelectionError(
-            f"{absent[0]}: no such floating-point tensor ({len(absent)} of {len(names)} names are not there)."
-        )
-    return ZeroCount(zeros, shapes, weight_bytes(source))
+    counts = _in_memory(source) if isinstance(source, nn.Module) else saved.count_zeros(Path(source))
+    if names is not None:
+        if absent := sorted(set(names) - counts.keys()):
+            raise SelectionError(
+                f"{absent[0]}: no such floating-point tensor ({len(absent)} of {len(names)} names are not there)."
+            )
+        counts = {name: count for name, count in counts.items() if name in names}
+    zeros = {name: count for name, (count, _) in counts.items()}
+    return ZeroCount(zeros, {name: shape for name, (_, shape) in counts.items()}, weight_bytes(source))
 
 
 def weight_bytes(source: nn.Module | str | Path) -> int:
     """Bytes on disk of the safetensors files of a folder, or of one file; of a model in memory, of its parameters."""
     if isinstance(source, nn.Module):
         return sum(parameter.numel() * parameter.element_size() for parameter in source.parameters())
-    return sum(file.stat().st_size for file in _files(Path(source)))
+    return sum(file.stat().st_size for file in saved.files_of(Path(source)))
 
 
-def _zeros(piece: Tensor) -> int:
-    if piece.element_size() == 1:  # float8 types cannot be compared with a number
-        piece = piece.float()
-    return int((piece == 0).sum())
-
-
-def _in_memory(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Iterator[Tensor]]]:
-    for name, parameter in model.named_parameters():
-        yield name, tuple(parameter.shape), iter([parameter.detach()])
-
-
-def _saved(path: Path) -> Iterator[tuple[str, tuple[int, ...], Iterator[Tensor]]]:
-    for file in _files(path):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  not a mapping
-                    shape = tuple(tensors.get_slice(name).get_shape())
-                    yield name, shape, _pieces(tensors, name, shape)
-        except SafetensorError as error:
-            raise ModelError(
-                f"{file}: not a readable safetensors file ({error}). Save or download it again."
-            ) from error
-
-
-def _pieces(tensors: safe_open, name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
-    """A tensor in pieces of whole rows: an embedding need not fit in memory at once."""
-    if len(shape) < 2 or not all(shape):
-        yield tensors.get_tensor(name)  # type: ignore[no-untyped-call]
-        return
-    view = tensors.get_slice(name)  # type: ignore[no-untyped-call]
-    step = max(1, ROWS // math.prod(shape[1:]))
-    for start in range(0, shape[0], step):
-        yield view[start : min(start + step, shape[0])]
-
-
-def _files(path: Path) -> list[Path]:
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{path}: no safetensors files here. Give a saved model's folder.")
-    return files
+def _in_memory(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:
+    return {
+        name: (saved.zeros_in(parameter.detach()), tuple(parameter.shape))
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point()
+    }

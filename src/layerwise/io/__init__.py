@@ -6,8 +6,8 @@ from .save import Saved, SavedReport, needed_bytes, save, saved_report
 from .stream import load_streamed
 from .streamed import save_whole_streamed
 from .verify import Verified
-from .weights import count_zeros
 from .whole import check_output
+from .zeros import count_zeros
 
 __all__ = [
     "Saved",

@@ -4,6 +4,7 @@ Written under a name beside the target, loaded back in a fresh process, and only
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,8 +20,9 @@ from .card import card, record
 from .load import quiet
 from .places import Loader, loader_of
 from .verify import Verified
-from .weights import count_zeros, weight_files
+from .weights import weight_files
 from .whole import check_output, is_disk_full, whole_folder
+from .zeros import count_zeros
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def save(
 
 def saved_report(folder: str | Path, *, before: int | None = None) -> SavedReport:
     """Count bytes and zeros in the files of a saved model. Raises ModelError if it has no weights."""
-    counts = count_zeros(Path(folder)).values()
+    counts = [(zeros, math.prod(shape)) for zeros, shape in count_zeros(Path(folder)).values() if len(shape) > 1]
     size = sum(file.stat().st_size for file in weight_files(Path(folder)))
     return SavedReport(size, before, sum(zeros for zeros, _ in counts), sum(values for _, values in counts))
 

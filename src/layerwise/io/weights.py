@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..errors import ModelError
@@ -39,6 +38,8 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises ModelError if there are none, if the index is unreadable, or if it names a file that is not there.
     """
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder. Give a saved model's folder.")
     for index in sorted(folder.glob("*.safetensors.index.json")):
         names = _shard_names(index)
         if missing := [name for name in names if not (folder / name).is_file()]:
@@ -110,16 +111,6 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  (not a dict)
             yield name, file.get_tensor(name)
-
-
-def count_zeros(folder: Path) -> dict[str, tuple[int, int]]:
-    """Tensor name -> (zeros, values), counted in the files. Floating-point tensors of two or more dimensions."""
-    counts = {}
-    for path in weight_files(folder):
-        for name, tensor in read_tensors(path):
-            if tensor.is_floating_point() and tensor.dim() >= 2:
-                counts[name] = (tensor.numel() - int(torch.count_nonzero(tensor)), tensor.numel())
-    return counts
 
 
 def _bits(kind: str) -> int | None:
