@@ -74,6 +74,15 @@ def test_methods_lists_all(here, capsys):
     assert all(METHODS[name].summary.split()[0] in out for name in METHODS)
 
 
+def test_inspect_shows_a_score_of_every_block(here, capsys):
+    found = as_json(
+        capsys, "inspect", "model", "--score", "outlier-ratio", "--data", "text.txt", "--samples", "2", "--length", "16"
+    )
+    assert set(found["scores"]) == {layer["block"] for layer in found["layers"]}
+    assert main(["inspect", "model", "--score", "outlier-rato", "--data", "text.txt"]) == 2
+    assert 'Did you mean "outlier-ratio"?' in capsys.readouterr().err
+
+
 def test_inspect_counts_layers_and_zeros(here, capsys):
     found = as_json(capsys, "inspect", "model")
     assert found["stacks"] == {"model.layers": 3}

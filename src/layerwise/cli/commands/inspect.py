@@ -5,9 +5,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
+from rich.text import Text
 
+from ...errors import ConfigError
+from ...settings import nearest
 from .. import options
-from ..inputs import ModelChoice
+from ..inputs import DataChoice, ModelChoice, protocol_line
 from ..screen import Screen, table
 
 if TYPE_CHECKING:
@@ -19,8 +22,20 @@ if TYPE_CHECKING:
 def inspect(
     model: options.Model,
     layers: Annotated[bool, typer.Option("--layers", help="One line per layer instead of one per role.")] = False,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCORE",
+            help="Show this score of every block: outlier-ratio or block-influence. Reads data.",
+            show_default=False,
+        ),
+    ] = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
+    data: options.Data = None,
+    samples: options.Samples = 32,
+    length: options.Length = None,
+    seed: options.Seed = 0,
     remote_code: options.RemoteCode = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -29,11 +44,21 @@ def inspect(
     """Show the layers of a model: names, roles, shapes, sizes, and the zeros they hold.
 
     [dim]Example:[/]  layerwise inspect demo --layers --include '*.mlp.*'
+    [dim]Scores:[/]  layerwise inspect demo --score outlier-ratio
     """
+    from ...scores import SCORES
+
+    if score is not None and score not in SCORES:
+        raise ConfigError(f'unknown score "{score}".{nearest(score, SCORES)} Scores: {", ".join(SCORES)}.')
     screen = Screen(json=json, quiet=quiet)
     choice = ModelChoice(model, include=tuple(include or ()), exclude=tuple(exclude or ()), remote_code=remote_code)
+    drawn = DataChoice(data, samples, length, 1, seed).draw(choice, screen) if score else None
     loaded = choice.load(screen)
     structure = choice.structure(loaded)
+    scores: dict[str, float] = {}
+    if score and drawn is not None:
+        with screen.task(f"Measuring {score}"):
+            scores = SCORES[score](loaded, drawn, structure)
     zeros = _zeros(loaded, structure)
     chosen = sum(layer.size for layer in structure.layers)
     screen.show(
@@ -43,7 +68,11 @@ def inspect(
         _layers(structure, zeros) if layers else _roles(structure, zeros),
         *(f"\nleft out: {count} × {reason}" for reason, count in Counter(r for _, r in structure.left_out).items()),
     )
-    screen.show_json(_facts(model, loaded, structure, zeros))
+    if scores and drawn is not None:
+        screen.show(f"\n[bold]{score}[/] of each block (high = keep)", _bars(scores, screen), protocol_line(drawn))
+    screen.show_json(
+        {**_facts(model, loaded, structure, zeros), **({"score": score, "scores": scores} if scores else {})}
+    )
 
 
 def _zeros(model: "nn.Module", structure: "Structure") -> dict[str, int]:
@@ -51,6 +80,12 @@ def _zeros(model: "nn.Module", structure: "Structure") -> dict[str, int]:
 
     counted = count_zeros(model, {layer.parameter for layer in structure.layers}).zeros
     return {layer.name: counted[layer.parameter] for layer in structure.layers}
+
+
+def _bars(scores: dict[str, float], screen: Screen) -> Text:
+    from ...report import bar_chart
+
+    return Text(bar_chart(scores, min(100, screen.out.width), ascii_only=screen.out.encoding == "ascii"), style="cyan")
 
 
 def _shape(layer: "Layer") -> str:
