@@ -154,6 +154,23 @@ def _diffusers(model: str, **settings: object) -> nn.Module:
     return getattr(diffusers, model)(**settings)
 
 
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def small_llama(seed: int = 0, **settings: object) -> nn.Module:
+    """A Llama of a few thousand weights, where the architecture does not matter. settings: over those of SMALL."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _transformers("LlamaForCausalLM", "LlamaConfig", **(SMALL | settings)).eval()
+
+
 _OPT = {
     **TEXT,
     "hidden_size": 32,

@@ -7,13 +7,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from layerwise.io.places import model_folder
 from layerwise.plan import Plan
 from layerwise.structure import structure_of
-from models import DECODER
+from models import small_llama
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 DEMO = Path(__file__).resolve().parents[1] / "src" / "layerwise" / "demo_model" / "config.json"
@@ -29,15 +27,9 @@ def example(name: str) -> ModuleType:
     return module
 
 
-def tiny(blocks: int) -> LlamaForCausalLM:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**{**DECODER, "num_hidden_layers": blocks})).eval()
-
-
 @pytest.mark.parametrize("sparsity", [0.0, 0.35, 0.5, 0.97])
 def test_my_method_meets_the_budget_and_rises_with_depth(sparsity: float):
-    model = tiny(5)
+    model = small_llama(num_hidden_layers=5)
     structure = structure_of(model)
     plan = example("my_method").Ramp(sparsity=sparsity).plan(model)
     plan.check(structure.layers)
@@ -54,8 +46,10 @@ def test_my_method_meets_the_budget_and_rises_with_depth(sparsity: float):
 
 def test_my_method_worked_by_hand():
     """Two blocks of equal size: the first has score 1, the second 0, so they lie `spread` below and above the mean."""
-    structure = structure_of(tiny(2))
-    plan = example("my_method").Ramp(sparsity=0.5, spread=0.1).plan(tiny(2), structure=structure)
+    structure = structure_of(small_llama(num_hidden_layers=2))
+    plan = (
+        example("my_method").Ramp(sparsity=0.5, spread=0.1).plan(small_llama(num_hidden_layers=2), structure=structure)
+    )
     for block, sparsity in zip(structure.blocks, (0.4, 0.6), strict=True):
         for layer in block.layers:
             prune = plan.layers[layer.name].prune
@@ -64,7 +58,7 @@ def test_my_method_worked_by_hand():
 
 
 def test_my_method_runs_as_a_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    tiny(3).save_pretrained(tmp_path)
+    small_llama(num_hidden_layers=3).save_pretrained(tmp_path)
     example("my_method").main(str(tmp_path), "0.25")
     assert "25.0000% of the pruned layers" in capsys.readouterr().out
 

@@ -7,7 +7,9 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
+
+from models import small_llama
 
 WORDS = 60
 END, UNKNOWN = "<eos>", "<unk>"
@@ -17,12 +19,11 @@ def tiny_llama(
     folder: Path, *, blocks: int = 3, words: int = WORDS, vocabulary: int = WORDS + 4, seed: int = 0
 ) -> Path:
     """hidden 32, 2 heads, context 64. words: in the tokenizer; vocabulary: rows of the model's embedding."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=blocks, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, bos_token_id=0, eos_token_id=0, dtype=torch.float32,
+    model = small_llama(
+        seed, vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=blocks,
+        num_key_value_heads=1, bos_token_id=0, eos_token_id=0, dtype=torch.float32,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model.save_pretrained(folder)
     table = {END: 0, UNKNOWN: 1} | {f"w{index}": index + 2 for index in range(words)}
     tokenizer = Tokenizer(WordLevel(table, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = Whitespace()

@@ -5,22 +5,15 @@ import time
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from layerwise.errors import ConfigError
 from layerwise.evaluate import latency, memory, peak_memory
+from models import small_llama
 
 
 @pytest.fixture(scope="module")
 def model():
-    sizes = {
-        "vocab_size": 50,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    return LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=64))
+    return small_llama()
 
 
 def test_latency_reports_median_spread_and_how(model):

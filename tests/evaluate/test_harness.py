@@ -9,11 +9,12 @@ import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from layerwise.errors import ConfigError, MissingExtra, ModelError
 from layerwise.evaluate import harness
 from layerwise.evaluate.harness import _refuse_untied_head
+from models import small_llama
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "lm_eval"
 
@@ -29,14 +30,7 @@ def tokenizer():
 
 @pytest.fixture
 def model():
-    sizes = {
-        "vocab_size": 257,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    return LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=256, tie_word_embeddings=True))
+    return small_llama(vocab_size=257, max_position_embeddings=256, tie_word_embeddings=True)
 
 
 def test_without_lm_eval_the_extra_is_named(model, tokenizer, monkeypatch):

@@ -8,29 +8,20 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import layerwise
 from layerwise.errors import ConfigError, DataError, ModelError, ScoreError
 from layerwise.evaluate import divergence, evaluate, perplexity
 from layerwise.evaluate import logits as logits_module
 from layerwise.tasks import Batches, held_out
+from models import small_llama
 
 
 def tiny_llama(seed=0, **settings):
-    values = {
-        "vocab_size": 50,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**(values | {"max_position_embeddings": 64} | settings)))
-        for parameter in model.parameters():  # the default start is so flat that every perplexity would be near 50
-            parameter.data.mul_(8.0)
-    return model.eval()
+    model = small_llama(seed, vocab_size=50, **settings)
+    for parameter in model.parameters():  # the default start is so flat that every perplexity would be near 50
+        parameter.data.mul_(8.0)
+    return model
 
 
 def windows(length, batch=1, tokens=1000, tail=False, vocabulary=50):

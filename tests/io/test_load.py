@@ -11,7 +11,6 @@ from torch import nn
 from transformers import (
     CLIPConfig,
     CLIPModel,
-    LlamaConfig,
     LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
@@ -23,21 +22,11 @@ from layerwise.errors import ModelError
 from layerwise.io import check_finite, count_zeros, load, load_into, load_tokenizer, saved_report
 from layerwise.io.places import loader_of
 from layerwise.io.weights import check_file, weight_files
-
-LLAMA = LlamaConfig(
-    vocab_size=64,
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    tie_word_embeddings=True,
-)
+from models import small_llama
 
 
 def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LLAMA).eval()
+    return small_llama(num_key_value_heads=1, tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module")

@@ -10,20 +10,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from layerwise.errors import OutputError, SaveError
 from layerwise.io import load, load_into, needed_bytes, save, saved_report
 from layerwise.io.whole import check_output, whole_folder
 from layerwise.plan import Plan, Prune
-
-TINY = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+from models import small_llama
 
 
 def llama(tied: bool = True) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**TINY, **HEADS, tie_word_embeddings=tied)).eval()
+    model = small_llama(num_key_value_heads=1, tie_word_embeddings=tied)
     model.model.layers[0].mlp.up_proj.weight.data[:, ::2] = 0
     return model
 

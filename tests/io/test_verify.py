@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    LlamaConfig,
     LlamaForCausalLM,
     ViTConfig,
     ViTForImageClassification,
@@ -20,14 +19,14 @@ from layerwise.errors import SaveError
 from layerwise.io import reload, save
 from layerwise.io.places import Loader, loader_of
 from layerwise.io.verify import _compare_outputs, _reference, verify
+from models import small_llama
 
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**TINY, vocab_size=64)).eval()
+    return small_llama()
 
 
 @pytest.fixture
