@@ -98,6 +98,16 @@ def test_multiple_choice_file(tmp_path, words):
     assert multiple_choice(Words(table), words, path, limit=1).acc == 1
 
 
+def test_the_tenth_answer_stands_after_the_second(tmp_path, words):
+    table = torch.zeros(8, 8)
+    table[2, 3] = 9.0  # "no" it is
+    answers = {f"sol{number}": "no" if number == 10 else "yes" for number in range(1, 12)}
+    (tmp_path / "d.jsonl").write_text(json.dumps({"goal": "how", **answers, "label": 9}))
+    got = multiple_choice(Words(table), words, tmp_path / "d.jsonl")
+    assert got.choices == (9,)
+    assert got.acc == 1
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -105,7 +115,12 @@ def test_multiple_choice_file(tmp_path, words):
         ('{"goal": "g", "sol1": "a", "sol2": "b"}', "item 1 needs"),
         ('{"goal": "g", "sol1": "a", "label": 0}', "1 answers and label 0"),
         ('{"goal": "g", "sol1": "a", "sol2": "b", "label": 2}', "2 answers and label 2"),
+        ('{"goal": "g", "sol1": "a", "sol2": "b", "label": true}', "label True"),
+        ('{"goal": "g", "sol1": "a", "sol2": 3, "label": 0}', "item 1: `goal` and every `sol` must be text"),
+        ('{"goal": "g", "sol1": "a", "sol2": "", "label": 0}', "item 1: `goal` and every `sol` must be text"),
+        ('{"goal": "g", "sol1": "a", "sol3": "b", "label": 0}', r"answers \[1, 3\]. Number them"),
         ("nonsense", "item 1 needs"),
+        ("7", "item 1 needs"),
     ],
 )
 def test_unusable_question_files(tmp_path, words, content, says):

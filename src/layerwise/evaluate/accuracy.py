@@ -5,6 +5,7 @@ character of the answer (`acc_norm`). The two differ by 4 to 20 points: a figure
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -149,11 +150,16 @@ def _read(path: Path, limit: int | None) -> list[tuple[str, list[str], int]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            answers = [record[name] for name in sorted(record) if name.startswith("sol") and name[3:].isdigit()]
+            numbers = sorted(int(name[3:]) for name in record if re.fullmatch(r"sol[1-9][0-9]{0,3}", name))
+            answers = [record[f"sol{place}"] for place in numbers]
             goal, label = record["goal"], record["label"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(f"{path}: item {number} needs `goal`, `sol1`, `sol2` and `label` ({error}).") from error
-        if len(answers) < 2 or label not in range(len(answers)):
+        if not all(isinstance(one, str) and one for one in (goal, *answers)):
+            raise DataError(f"{path}: item {number}: `goal` and every `sol` must be text that is not empty.")
+        if numbers != list(range(1, len(numbers) + 1)):
+            raise DataError(f"{path}: item {number} has answers {numbers}. Number them from `sol1` without a gap.")
+        if len(answers) < 2 or type(label) is not int or label not in range(len(answers)):
             raise DataError(
                 f"{path}: item {number} has {len(answers)} answers and label {label}. Give 2 or more, the label from 0."
             )
