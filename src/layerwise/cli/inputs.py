@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError, DataError
 from .screen import Screen
@@ -50,6 +50,13 @@ class ModelChoice:
         from ..io.places import read_config
 
         return read_config(self.folder)
+
+    @cached_property
+    def sees(self) -> bool:
+        """Whether it takes images: an image classifier."""
+        from ..io.places import loader_of
+
+        return loader_of(self.folder, remote_code=self.remote_code).class_name == "AutoModelForImageClassification"
 
     def length(self, asked: int | None) -> int:
         """Tokens in a window: as asked, else the model's longest, at most 2048. Raises ConfigError beyond the model's longest."""
@@ -102,6 +109,10 @@ class DataChoice:
 
     def where(self, model: ModelChoice) -> str:
         """The source: as asked, or python-docs for the demo model. Raises DataError if there is none."""
+        if self.source is None and model.sees:
+            raise DataError(
+                "calibration data is needed: give --data FOLDER of images, an .npz with images and labels, or digits."
+            )
         if self.source is None and model.name != "demo":
             raise DataError(
                 "calibration data is needed: give --data FILE, such as a .txt or .jsonl of text like the model will see,"
@@ -120,7 +131,10 @@ class DataChoice:
         from ..io import load_tokenizer
         from ..tasks import text
 
-        source, length = self.where(model), model.length(self.length)
+        source = self.where(model)
+        if model.sees:
+            return self._pictures(source, model, screen, "calibration")
+        length = model.length(self.length)
         tokenizer = load_tokenizer(model.name, remote_code=model.remote_code)
         seed = self.seed if seed is None else seed
         with screen.task(f"Reading {source}"):
@@ -132,11 +146,26 @@ class DataChoice:
         from ..io import load_tokenizer
         from ..tasks import held_out
 
-        source, length = self.where(model), model.length(self.length)
+        source = self.where(model)
+        if model.sees:
+            return self._pictures(source, model, screen, "held-out")
+        length = model.length(self.length)
         tokenizer = load_tokenizer(model.name, remote_code=model.remote_code)
         with screen.task(f"Reading {source}"):
             found = held_out(source, tokenizer, length=length, tokens=tokens, batch=self.batch, tail=tail)
         return _fitting(found, model)
+
+    def _pictures(
+        self, source: str, model: ModelChoice, screen: Screen, split: Literal["calibration", "held-out"]
+    ) -> "Batches":
+        """Images, prepared by the model's own processor where its folder has one. All of them for evaluation."""
+        from ..io import load_image_processor
+        from ..tasks import images
+
+        processor = load_image_processor(model.name, remote_code=model.remote_code)
+        samples = self.samples if split == "calibration" else None
+        with screen.task(f"Reading {source}"):
+            return images(source, processor=processor, samples=samples, seed=self.seed, split=split)
 
 
 def _fitting(data: "Batches", model: ModelChoice) -> "Batches":
@@ -158,9 +187,10 @@ def _free(device: "torch.device") -> int:
 def protocol_line(data: "Batches") -> str:
     """Where numbers come from, in one line for people."""
     facts = data.protocol
+    what = f"{facts['shape']} images" if "shape" in facts else f"{facts.get('length')} tokens"
     parts = [
-        f"{facts.get('source')} ({facts.get('split')})",
-        f"{facts.get('samples')} × {facts.get('length')} tokens",
+        f"{facts.get('source')} ({facts['split']})" if "split" in facts else f"{facts.get('source')}",
+        f"{facts.get('samples')} × {what}",
         *([f"seed {facts['seed']}"] if "seed" in facts else []),
         f"hash {data.hash}",
     ]

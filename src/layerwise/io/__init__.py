@@ -1,6 +1,6 @@
 """Models and tokenizers in and out of folders, in stock formats; what is saved is checked in a fresh process."""
 
-from .load import check_finite, load, load_into, load_tokenizer
+from .load import check_finite, load, load_image_processor, load_into, load_tokenizer
 from .places import model_folder
 from .save import Saved, SavedReport, needed_bytes, save, saved_report
 from .stream import load_streamed
@@ -17,6 +17,7 @@ __all__ = [
     "check_output",
     "count_zeros",
     "load",
+    "load_image_processor",
     "load_into",
     "load_streamed",
     "load_tokenizer",

@@ -55,6 +55,20 @@ def load_tokenizer(name: str | Path, *, remote_code: bool = False) -> Any:
         raise ModelError(f"{folder}: its tokenizer cannot be read: {_line(error)}") from error
 
 
+def load_image_processor(name: str | Path, *, remote_code: bool = False) -> Any:
+    """What prepares images for the model (a transformers image processor); None where its folder has none. Raises ModelError."""
+    from transformers import AutoImageProcessor
+
+    folder = model_folder(name, remote_code=remote_code)
+    if not (folder / "preprocessor_config.json").is_file():
+        return None
+    try:
+        with quiet():
+            return AutoImageProcessor.from_pretrained(folder, trust_remote_code=remote_code)
+    except Exception as error:  # whatever the processor's own code raises on bad files or missing packages
+        raise ModelError(f"{folder}: its image processor cannot be made: {_line(error)}") from error
+
+
 def load_into(model: nn.Module, folder: str | Path) -> nn.Module:
     """Fill a model of your own class with the weights of a folder that `save` wrote. Returns it.
 

@@ -86,7 +86,11 @@ def load_streamed(name: str | Path, *, dtype: torch.dtype | None = None) -> nn.M
     folder = model_folder(name)
     loader = loader_of(folder)
     where = {tensor.name: file for file in weight_files(folder) for tensor in check_file(file)}
-    config = transformers.AutoConfig.from_pretrained(folder)
+    try:
+        # False, not the default: that asks on the terminal whether to run the folder's code
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ModelError(f"{folder}: config.json cannot be used: {str(error).splitlines()[0]}") from error
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     if loader.library != "transformers" or architecture is None:
         raise ModelError(f"{folder}: only stock transformers models can be streamed; load it whole (without --stream).")

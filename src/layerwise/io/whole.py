@@ -9,8 +9,6 @@ from pathlib import Path
 
 from ..errors import OutputError, SaveError
 
-_OURS = ("config.json", "layerwise.json", "model.safetensors")  # one of them: a folder that `save` may replace
-
 
 def check_output(folder: str | Path, *, force: bool = False, needed: int = 0) -> Path:
     """The target as a path, if it can be written: call it before a long run. Creates nothing.
@@ -26,7 +24,7 @@ def check_output(folder: str | Path, *, force: bool = False, needed: int = 0) ->
             raise OutputError(
                 f'output "{folder}" exists already. Give another name, or replace it: force=True (--force).'
             )
-        if not target.is_dir() or not any((target / name).is_file() for name in _OURS):
+        if not target.is_dir() or not _is_model(target):
             raise OutputError(
                 f'output "{folder}" exists and is not a model folder, so it is not replaced. Remove it yourself.'
             )
@@ -62,6 +60,7 @@ def whole_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
         raise OutputError(f'output "{target}" cannot be made: {error.strerror}. Give a folder elsewhere.') from error
     try:
         yield partial
+        _as_other_files(partial)
         _to_disk(partial)
         _replace(partial, target, force)
     except BaseException as error:  # also when interrupted: nothing half written stays
@@ -75,10 +74,24 @@ def whole_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
         raise
 
 
+def _is_model(folder: Path) -> bool:
+    """A folder that may be replaced: one that `save` wrote, or one with weights. A config.json alone many other programs have too."""
+    return (folder / "layerwise.json").is_file() or any(folder.glob("*.safetensors"))
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether the disk, or the user's quota, ended the writing. Safetensors says so in words only."""
     full = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
+
+
+def _as_other_files(folder: Path) -> None:
+    """The permissions that a file gets by default: safetensors makes its files readable by their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def _to_disk(folder: Path) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ...evaluate import ZeroCount
+    from ...tasks import Batches
 
 
 def evaluate(
@@ -77,6 +78,9 @@ def evaluate(
         choices["model"], screen, tokens, tail=convention == "all"
     )
     models = {name: choice.load(screen) for name, choice in choices.items()}
+    if choices["model"].sees:
+        _classifier(choices, models, windows, screen)
+        return
     with screen.task("Evaluating") as step:
         found = measure(
             models["model"],
@@ -113,6 +117,32 @@ def evaluate(
             **found.to_dict(),
             "files": {name: {"zeros": one.total, "bytes": one.bytes} for name, one in files.items()},
             "latency": times or None,
+        }
+    )
+
+
+def _classifier(
+    choices: "dict[str, ModelChoice]", models: "dict[str, nn.Module]", pictures: "Batches", screen: Screen
+) -> None:
+    """Accuracy instead of perplexity, agreement with the dense model's choice instead of divergence."""
+    from ...evaluate import accuracy, count_zeros
+
+    with screen.task("Evaluating") as step:
+        found = accuracy(models["model"], pictures, against=models.get("dense"), progress=step)
+        dense = accuracy(models["dense"], pictures) if "dense" in models else None
+    files = {name: count_zeros(choice.folder) for name, choice in choices.items()}
+    rows = table("", "accuracy", "same choice", "zeros", "bytes")
+    figures = {"model": (found.top1, found.agreement), "dense": (dense.top1 if dense else 0.0, 1.0)}
+    for name, choice in reversed(choices.items()):
+        right, same = figures[name]
+        agreement = "–" if same is None else f"{same:.2%}"
+        rows.add_row(choice.name, f"{right:.2%}", agreement, f"{_share(files[name]):.2%}", f"{files[name].bytes:,}")
+    screen.show(rows, f"\n[dim]measured on: {escape(protocol_line(pictures))}[/]")
+    screen.show_json(
+        {
+            **found.to_dict(),
+            "dense_top1": dense.top1 if dense else None,
+            "files": {name: {"zeros": one.total, "bytes": one.bytes} for name, one in files.items()},
         }
     )
 

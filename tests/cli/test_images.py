@@ -1,0 +1,55 @@
+"""The command line on an image classifier: images in, accuracy out."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+
+from layerwise.cli import main
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=8,
+        patch_size=2,
+        num_labels=3,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ViTForImageClassification(config).save_pretrained("model")
+    draw = np.random.default_rng(0)
+    np.savez("images.npz", images=draw.integers(0, 255, (12, 8, 8, 3), dtype=np.uint8), labels=np.arange(12) % 3)
+    return tmp_path
+
+
+def test_images_prune_and_judge_a_classifier(here, capsys):
+    assert (
+        main(
+            ["compress", "model", "--data", "images.npz", "--samples", "8", "--sparsity", "0.5", "-o", "out", "--quiet"]
+        )
+        == 0
+    )
+    capsys.readouterr()
+    assert main(["evaluate", "out", "--against", "model", "--data", "images.npz", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["examples"] == 12
+    assert 0 <= found["top1"] <= 1
+    assert 0 <= found["agreement"] <= 1
+    assert found["files"]["model"]["zeros"] > found["files"]["dense"]["zeros"]
+    assert (here / "out" / "model.safetensors").stat().st_mode & 0o777 == (
+        here / "out" / "config.json"
+    ).stat().st_mode & 0o777
+
+
+def test_a_classifier_asks_for_images(here, capsys):
+    assert main(["compress", "model", "-o", "out"]) == 2
+    assert "FOLDER of images" in capsys.readouterr().err
+    assert not (here / "out").exists()
