@@ -223,6 +223,7 @@ def test_a_bad_treatment_names_layer_value_and_what_would_be_right(entry, line):
         ),
         ("layerwise: 1\nlayers: \x00\n", "not valid YAML"),
         ("[" * 3000, "nested too deeply"),
+        (f"layerwise: 1\nlayers: {{}}\nbudget: {{bytes: {'9' * 5000}}}\n", "holds a number that cannot be read"),
     ],
 )
 def test_a_file_that_is_no_plan(text, line):
@@ -235,6 +236,7 @@ def test_tabs_are_called_tabs():
 
 
 def test_bad_json():
+    assert "holds a number that cannot be read" in problems(f'{{"layerwise": 1, "budget": {"9" * 5000}}}', "p.json")[0]
     assert problems('{"layerwise": 1,', "p.json")[0].startswith("p.json, line 1: not valid JSON")
     assert (
         '"a" is given twice'

@@ -43,6 +43,8 @@ def parse(text: str, source: str) -> dict[str, Any]:
         raise PlanError(f"{source}: not valid YAML: {str(error).splitlines()[0]}.") from error
     except json.JSONDecodeError as error:
         raise PlanError(f"{source}, line {error.lineno}: not valid JSON: {error.msg}.") from error
+    except ValueError as error:  # Python refuses to read whole numbers of thousands of digits
+        raise PlanError(f"{source}: it holds a number that cannot be read: {str(error).partition(';')[0]}.") from error
     except RecursionError as error:
         raise PlanError(f"{source}: nested too deeply to be a plan.") from error
     if not isinstance(data, dict) or "layerwise" not in data:

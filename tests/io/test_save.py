@@ -101,6 +101,7 @@ def test_an_existing_output_is_refused_and_replaced_only_by_force(tmp_path):
 def test_force_replaces_no_folder_that_is_not_a_model(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home/thesis.txt").write_text("years of work")
+    (tmp_path / "home/config.json").write_text("{}")  # of some other program
     with pytest.raises(OutputError, match="not a model folder"):
         save(llama(), tmp_path / "home", force=True)
     with pytest.raises(OutputError, match="not a model folder"):

@@ -93,6 +93,19 @@ def test_files_with_other_names_are_refused(tmp_path):
         load_streamed(tmp_path)
 
 
+def test_code_in_the_folder_is_not_run_and_not_asked_about(tmp_path, monkeypatch):
+    MODELS["llama"]().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "not_in_transformers", "auto_map": {"AutoConfig": "mine.Mine"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    with pytest.raises(ModelError) as caught:
+        load_streamed(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
 SCRIPT = """
 import json, sys, torch
 from layerwise.engine import Settings, compress
