@@ -232,3 +232,11 @@ def test_the_weights_are_untouched():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     layer = structure_of(model).layers[0]
     assert as_matrices(parameter_of(model, layer), layer).shape == (layer.matrices, layer.rows, layer.columns)
+
+
+def test_a_batch_that_the_model_does_not_take_is_one_line():
+    model = MODELS["t5"]().eval()
+    batch = {"input_ids": torch.ones(1, 4, dtype=torch.int64)}  # nothing for the decoder
+    with pytest.raises(WalkError, match="the model cannot run on batch 0: ValueError: You must specify"):
+        for _ in collect_dense(model, structure_of(model), Batches((batch,), {})):
+            pass

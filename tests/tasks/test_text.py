@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from layerwise.errors import ConfigError, DataError, MissingExtra
-from layerwise.tasks import check_vocabulary, held_out, text
+from layerwise.tasks import check_vocabulary, continued, held_out, text
 from layerwise.tasks.batches import Batches
 from layerwise.tasks.python_docs import HELD_OUT, python_docs
 from layerwise.tasks.text import _stream_windows, tokenizer_hash
@@ -274,6 +274,10 @@ def test_parquet_and_gzip_agree_with_jsonl(tmp_path, tokenizer):
         ("a.jsonl", b"", "holds no text"),
         ("a.parquet", b"PAR1 not really", "cannot be read as Parquet"),
         ("a.txt.gz", b"no gzip", "cannot be read"),
+        ("a.txt.gz", gzip.compress(b"text" * 99)[:-20] + bytes(12), "cannot be read"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud83d"}', r"line 2 holds half a character \(\\ud83d\)"),
+        ("a.jsonl", b'{"text": "x", "id": ' + b"9" * 5000 + b"}", "line 1 cannot be read as JSON: Exceeds the limit"),
+        ("a.jsonl", b"[" * 100_000, "line 1 cannot be read as JSON"),
     ],
 )
 def test_unusable_files(tmp_path, tokenizer, name, content, says):
@@ -361,3 +365,11 @@ def test_python_docs_splits_share_no_document(tokenizer):
     assert sample.protocol["split"] == "calibration"
     sources = "".join(one for _, one in calibration)
     assert all(part in sources for row in rows(sample) for part in tokenizer.decode(row).split("<eos_token>"))
+
+
+def test_a_window_for_an_encoder_decoder_is_read_and_written():
+    ids = torch.arange(10).reshape(2, 5)
+    halves = continued(Batches(({"input_ids": ids},), {"source": "x"}))
+    assert halves[0]["input_ids"].tolist() == [[0, 1], [5, 6]]
+    assert halves[0]["labels"].tolist() == [[2, 3, 4], [7, 8, 9]]
+    assert halves.protocol["source"] == "x"

@@ -52,11 +52,16 @@ class ModelChoice:
         return read_config(self.folder)
 
     @cached_property
-    def sees(self) -> bool:
-        """Whether it takes images: an image classifier."""
+    def kind(self) -> str:
+        """The name of the stock class that loads it. Raises ModelError."""
         from ..io.places import loader_of
 
-        return loader_of(self.folder, remote_code=self.remote_code).class_name == "AutoModelForImageClassification"
+        return loader_of(self.folder, remote_code=self.remote_code).class_name
+
+    @property
+    def sees(self) -> bool:
+        """Whether it takes images: an image classifier."""
+        return self.kind == "AutoModelForImageClassification"
 
     def length(self, asked: int | None) -> int:
         """Tokens in a window: as asked, else the model's longest, at most 2048. Raises ConfigError beyond the model's longest."""
@@ -129,7 +134,7 @@ class DataChoice:
     def draw(self, model: ModelChoice, screen: Screen, seed: int | None = None) -> "Batches":
         """Calibration windows. Raises DataError, ConfigError."""
         from ..io import load_tokenizer
-        from ..tasks import text
+        from ..tasks import continued, text
 
         source = self.where(model)
         if model.sees:
@@ -139,7 +144,8 @@ class DataChoice:
         seed = self.seed if seed is None else seed
         with screen.task(f"Reading {source}"):
             drawn = text(source, tokenizer, samples=self.samples, length=length, batch=self.batch, seed=seed)
-        return _fitting(drawn, model)
+        drawn = _fitting(drawn, model)
+        return continued(drawn) if model.kind == "AutoModelForSeq2SeqLM" else drawn
 
     def read(self, model: ModelChoice, screen: Screen, tokens: int | None = None, *, tail: bool = False) -> "Batches":
         """Held-out windows in order, the first `tokens` of the text. Raises DataError, ConfigError."""

@@ -17,7 +17,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..errors import WalkError
+from ..errors import LayerwiseError, WalkError
 from ..tasks.batches import Batch, call
 
 T = TypeVar("T")
@@ -139,7 +139,17 @@ class PausedPasses(AbstractContextManager["PausedPasses"]):
                 raise WalkError(f'passes {stuck[:3]} were left waiting at "{name}"')
 
     def _whole(self, one: Pass) -> None:
-        self.forward(self.model, one.batch)
+        try:
+            self.forward(self.model, one.batch)
+        except LayerwiseError:
+            raise
+        except Exception as error:  # the model's own code: any class may come out
+            where = f' in "{one.block}"' if one.block else ""
+            reason = (str(error).splitlines() or [""])[0]
+            raise WalkError(
+                f"the model cannot run on batch {one.index}{where}: {type(error).__name__}: {reason} Check that the data is what"
+                " the model takes."
+            ) from error
         one.block, one.arguments = None, ((), {})
 
     def _wrap(self, name: str, module: nn.Module) -> Callable[[], None]:

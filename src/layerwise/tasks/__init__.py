@@ -2,6 +2,6 @@
 
 from .batches import Batch, Batches, call
 from .images import images
-from .text import check_vocabulary, held_out, text
+from .text import check_vocabulary, continued, held_out, text
 
-__all__ = ["Batch", "Batches", "call", "check_vocabulary", "held_out", "images", "text"]
+__all__ = ["Batch", "Batches", "call", "check_vocabulary", "continued", "held_out", "images", "text"]

@@ -12,6 +12,7 @@
 import gzip
 import json
 import platform
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -78,7 +79,7 @@ def _decode(path: Path) -> str:
         raise DataError(
             f"{path}: not UTF-8 text (byte {data[error.start]:#04x} at position {error.start}). Convert the file to UTF-8."
         ) from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}.") from error
 
 
@@ -91,6 +92,10 @@ def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{path}: line {number} is not JSON ({error.msg}). Give one JSON object per line."
+            ) from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists without end
+            raise DataError(
+                f"{path}: line {number} cannot be read as JSON: {_first_line(error).partition(';')[0]}."
             ) from error
 
 
@@ -143,6 +148,13 @@ def _texts(records: Iterator[tuple[int, object]], source: str, unit: str) -> Ite
         value = record.get(field)
         if not isinstance(value, str):
             raise DataError(f"{source}: {unit} {number} has no text in field `{field}`. Every {unit} needs it.")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{source}: {unit} {number} holds half a character (\\u{ord(value[error.start]):04x}), which no tokenizer takes."
+                " Remove it."
+            ) from error
         yield value
 
 

@@ -99,6 +99,15 @@ def held_out(
     return _batches(windows, tokenizer, batch, bos, facts, length)
 
 
+def continued(data: Batches) -> Batches:
+    """For an encoder-decoder: the first half of each window is what the encoder reads, the second what the decoder writes."""
+    halves = []
+    for batch in data:
+        middle = batch["input_ids"].shape[1] // 2
+        halves.append({"input_ids": batch["input_ids"][:, :middle], "labels": batch["input_ids"][:, middle:]})
+    return Batches(tuple(halves), {**data.protocol, "form": "first half read, second half written"})
+
+
 def check_vocabulary(batches: Batches, vocab_size: int) -> None:
     """Raises DataError if any token id is outside the model's embedding of `vocab_size` rows: the tokenizer is another model's."""
     low, high = 0, -1

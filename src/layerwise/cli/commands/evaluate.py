@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from ...errors import ModelError
 from .. import options
 from ..inputs import DataChoice, ModelChoice, environment_line, protocol_line
 from ..screen import Screen, table
@@ -74,6 +75,11 @@ def evaluate(
     source = data or ("python-docs" if "demo" in (model, against) else None)
     for choice in choices.values():
         _ = choice.bytes  # a damaged file shows before anything is loaded
+        if not choice.sees and choice.kind not in ("AutoModelForCausalLM", "AutoModelForImageTextToText"):
+            raise ModelError(
+                f'model "{choice.name}" is of {choice.kind}: this command judges causal language models (perplexity) and image'
+                " classifiers (accuracy). Measure it with its own task in Python."
+            )
     windows = DataChoice(source, length=length, batch=batch).read(
         choices["model"], screen, tokens, tail=convention == "all"
     )
