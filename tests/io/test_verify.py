@@ -61,6 +61,15 @@ def test_given_inputs_are_used(model, folder, monkeypatch):
     assert [i["input_ids"].tolist() for i in seen] == [[[7, 8]]] * 2
 
 
+def test_every_module_keeps_its_mode(model):
+    model.train()
+    model.model.norm.eval()  # frozen by its owner
+    modes = [module.training for module in model.modules()]
+    _reference(model, None)
+    assert [module.training for module in model.modules()] == modes
+    model.eval()
+
+
 def test_one_changed_weight_is_named(model, folder, monkeypatch):
     in_this_process(monkeypatch)
     other = LlamaForCausalLM(model.config).eval()

@@ -83,6 +83,15 @@ def test_npz_that_cannot_be_used(tmp_path, arrays, says):
         images(tmp_path / "d.npz")
 
 
+def test_a_damaged_npz_is_one_line(tmp_path):
+    np.savez_compressed(tmp_path / "d.npz", images=np.arange(4096, dtype=np.uint8).reshape(16, 16, 16))
+    damaged = bytearray((tmp_path / "d.npz").read_bytes())
+    damaged[60:75] = b"\xff" * 15  # in the compressed stream
+    (tmp_path / "d.npz").write_bytes(damaged)
+    with pytest.raises(DataError, match="cannot be read"):
+        images(tmp_path / "d.npz")
+
+
 def test_npz_never_unpickles(tmp_path):
     (tmp_path / "d.npz").write_bytes(pickle.dumps({"images": 1}))
     with pytest.raises(DataError, match="cannot be read"):
@@ -104,6 +113,8 @@ def test_settings_out_of_range(tmp_path):
         images(tmp_path / "d.npz", samples=3)
     with pytest.raises(ConfigError):
         images(tmp_path / "d.npz", mean=[0.5])
+    with pytest.raises(ConfigError, match="give numbers above 0"):
+        images(tmp_path / "d.npz", mean=[0.5], std=[0.0])
     with pytest.raises(ConfigError, match="1 channels"):
         images(tmp_path / "d.npz", mean=[0.5] * 3, std=[1] * 3)
     with pytest.raises(DataError, match="no such data"):

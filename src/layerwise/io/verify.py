@@ -95,7 +95,7 @@ def _reference(
     model: nn.Module, inputs: Mapping[str, Tensor] | None
 ) -> tuple[Mapping[str, Tensor] | None, dict[str, Tensor]]:
     """(inputs, outputs of `model` on them); (None, {}) if the model accepts none of the fixed inputs."""
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         if inputs is not None:
@@ -109,7 +109,8 @@ def _reference(
                 return candidate, expected
         return None, {}
     finally:
-        model.train(training)
+        for module in training:  # each by itself: a part may have been frozen in evaluation mode
+            module.training = True
 
 
 def _candidates(model: nn.Module) -> Iterator[dict[str, Tensor]]:

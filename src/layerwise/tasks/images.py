@@ -5,7 +5,9 @@ processor, where given, resizes and normalises instead.
 """
 
 import hashlib
+import math
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +50,8 @@ def images(
         raise ConfigError(f"samples={samples}, batch={batch}: give at least 1.")
     if (mean is None) != (std is None):
         raise ConfigError("mean and std go together: give both or neither.")
+    if std is not None and not all(0 < one < math.inf for one in std):
+        raise ConfigError(f"std={list(std)}: pixels are divided by it; give numbers above 0.")
     pictures, labels, facts = _read(source, split)
     if samples is not None:
         if samples > len(pictures):
@@ -113,7 +117,7 @@ def _npz(path: Path) -> tuple[list[Pixels | Path], list[int] | None, Facts]:
         raise DataError(
             f"{path}: no array `images` in this file. Save it with np.savez(path, images=..., labels=...)."
         ) from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: cannot be read as .npz without pickle: {str(error).splitlines()[0]}") from error
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or not len(pixels):
         raise DataError(
