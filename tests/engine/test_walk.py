@@ -68,6 +68,7 @@ class Recorder:
 
     name: ClassVar[str] = "recorder"
     needs: ClassVar[str] = "gram"
+    every_pattern: ClassVar[bool] = True
     seen: list = dataclasses.field(default_factory=list)
 
     def solve(self, weights, inputs, prunes, generators):
@@ -292,7 +293,7 @@ def test_global_random_state_is_left_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_bad_requests_are_refused_before_any_work():
+def test_bad_requests_are_refused_before_any_work(tmp_path):
     model, structure, plan, data = setup()
     before = weights(model, structure)
     with pytest.raises(DataError, match="needs calibration data"):
@@ -306,6 +307,10 @@ def test_bad_requests_are_refused_before_any_work():
         compress(model, Plan(layers={"model.layers.0.mlp.gate": Prune(sparsity=0.5)}), solver=Wanda(), data=data)
     with pytest.raises(PlanError, match="multiplies no input"):
         compress(model, Plan(layers={"model.embed_tokens": Prune(sparsity=0.5)}), solver=Wanda(), data=data)
+    with pytest.raises(PlanError, match=r'"sparsegpt" prunes unstructured and n:m alone, not in the pattern "row"'):
+        rows = Plan(layers={"model.layers.1.mlp.down_proj": Prune(sparsity=0.5, pattern="row")})
+        compress(model, rows, solver=SparseGPT(), data=data, settings=Settings(work=str(tmp_path / "work")))
+    assert not (tmp_path / "work").exists()
     with pytest.raises(ConfigError, match="propagate"):
         Settings(propagate="sparse")
     assert same(weights(model, structure), before)

@@ -75,14 +75,7 @@ def walk(
     structure = structure or structure_of(model, include=["*"])
     prunes = check(plan, structure)
     units = units_of(model, structure, prunes)
-    if solver.needs != "none" and prunes and (data is None or len(data) == 0):
-        raise DataError(f'solver "{solver.name}" needs calibration data; "magnitude" needs none.')
-    kinds = {layer.name: layer.kind for layer in structure.layers}
-    if solver.needs != "none" and (blind := [n for n in prunes if kinds[n] in ("embedding", "table")]):
-        raise PlanError(
-            f'plan: layer "{blind[0]}" multiplies no input, so solver "{solver.name}" has nothing to look at ({len(blind)} such'
-            ' layers). Leave it out, or use "magnitude" or "random".'
-        )
+    check_solver(solver, prunes, structure, data)
     ranks = Ranks.current()
     if store_of(model) is not None and not settings.work:
         raise ConfigError("a streamed model needs a work folder to keep its finished blocks in: Settings(work=...).")
@@ -110,6 +103,24 @@ def check(plan: Plan, structure: Structure) -> dict[str, Prune]:
     if other:
         raise PlanError(other)
     return {name: t.prune for name, t in plan.layers.items() if t.prune and t.prune.sparsity > 0}
+
+
+def check_solver(solver: Solver, prunes: Mapping[str, Prune], structure: Structure, data: Batches | None) -> None:
+    """Raise DataError or PlanError unless this solver can do all of it: what would stop the last block stops the first."""
+    if solver.needs != "none" and prunes and (data is None or len(data) == 0):
+        raise DataError(f'solver "{solver.name}" needs calibration data; "magnitude" needs none.')
+    kinds = {layer.name: layer.kind for layer in structure.layers}
+    if solver.needs != "none" and (blind := [n for n in prunes if kinds[n] in ("embedding", "table")]):
+        raise PlanError(
+            f'plan: layer "{blind[0]}" multiplies no input, so solver "{solver.name}" has nothing to look at ({len(blind)} such'
+            ' layers). Leave it out, or use "magnitude" or "random".'
+        )
+    fixed = [n for n, prune in prunes.items() if prune.pattern != "unstructured" and not prune.nm]
+    if fixed and not solver.every_pattern:
+        raise PlanError(
+            f'plan: layer "{fixed[0]}": solver "{solver.name}" prunes unstructured and n:m alone, not in the pattern'
+            f' "{prunes[fixed[0]].pattern}" ({len(fixed)} such layers). Use "magnitude", "wanda" or "random".'
+        )
 
 
 def units_of(model: nn.Module, structure: Structure, prunes: Mapping[str, Prune]) -> list[Unit]:

@@ -31,6 +31,7 @@ class Solver(Protocol):
 
     name: ClassVar[str]
     needs: ClassVar[Need]
+    every_pattern: ClassVar[bool]  # False: unstructured and n:m alone
 
     def solve(
         self,

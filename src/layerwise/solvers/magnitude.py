@@ -26,6 +26,7 @@ class Magnitude:
 
     name: ClassVar[str] = "magnitude"
     needs: ClassVar[Need] = "none"
+    every_pattern: ClassVar[bool] = True
 
     compare: Compare = "layer"  # weights compete over the whole matrix, or within each row (output)
     reference: bool = False  # the counts and ties of the official Wanda repository, which prunes one too many

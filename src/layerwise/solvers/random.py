@@ -19,6 +19,7 @@ class Random:
 
     name: ClassVar[str] = "random"
     needs: ClassVar[Need] = "none"
+    every_pattern: ClassVar[bool] = True
 
     def solve(
         self,

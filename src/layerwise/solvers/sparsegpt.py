@@ -33,6 +33,7 @@ class SparseGPT:
 
     name: ClassVar[str] = "sparsegpt"
     needs: ClassVar[Need] = "gram"
+    every_pattern: ClassVar[bool] = False
 
     damp: float = 0.01  # added to the diagonal, as a share of its mean
     block: int = 128  # columns among which a mask is chosen at once

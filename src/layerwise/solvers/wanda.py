@@ -35,6 +35,7 @@ class Wanda:
 
     name: ClassVar[str] = "wanda"
     needs: ClassVar[Need] = "squares"
+    every_pattern: ClassVar[bool] = True
 
     compare: Compare = "row"  # the paper's finding: row for language models; layer is no worse for image models
     reference: bool = False  # the official counts and ties
