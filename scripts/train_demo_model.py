@@ -4,8 +4,9 @@
 
 Text: every document of `python-docs` except the held-out modules, and a quarter of the library's tests in each epoch
 (never those of a held-out module). Tokenizer: byte-level BPE of 4096. Muon for the matrices of the blocks, AdamW for
-the rest, learning rate falling linearly to zero over the given minutes; `--start` adds a second phase. Writes model, tokenizer and `training.json`
-with the held-out perplexity and bits per byte beside xz. Stops at the time given, so two runs differ in their bits.
+the rest, learning rate falling linearly to zero over the given minutes; `--start` adds a second phase. Writes model,
+tokenizer and `training.json` with the held-out perplexity and bits per byte beside xz. Stops at the time given, so two
+runs differ in their bits.
 """
 
 import argparse
@@ -40,7 +41,9 @@ def main() -> None:
 
     library, tests = [text for _, text in python_docs("calibration")], library_tests()
     held_out = [text for _, text in python_docs("held-out")]
-    tokenizer = Tokenizer.from_file(str(options.start / "tokenizer.json")) if options.start else train_tokenizer(library)
+    tokenizer = (
+        Tokenizer.from_file(str(options.start / "tokenizer.json")) if options.start else train_tokenizer(library)
+    )
     encode = lambda texts: [[*encoding.ids, 0] for encoding in tokenizer.encode_batch(texts)]  # noqa: E731
     print(f"{len(library)} documents, {len(tests)} tests, {len(held_out)} held out")
     library_ids, test_ids, held_out_ids = encode(library), encode(tests), encode(held_out)
