@@ -56,7 +56,9 @@ def main() -> None:
 
     sides = [side for side in all_sides(options.peer_python) if side.name in options.sides.split(",")]
     if not sides:
-        parser.error(f"--sides {options.sides}: give some of {', '.join(side.name for side in all_sides(options.peer_python))}")
+        parser.error(
+            f"--sides {options.sides}: give some of {', '.join(side.name for side in all_sides(options.peer_python))}"
+        )
     report = Report(options, [side.name for side in sides])
     for subject in subjects(options):
         ids = options.work / f"{subject.name}.ids.safetensors"
