@@ -24,7 +24,7 @@ def run(processes, name, solver, out):
     return load_file(out)
 
 
-@pytest.mark.parametrize(("name", "solver"), [("llama", "sparsegpt"), ("mixtral", "wanda")])
+@pytest.mark.parametrize(("name", "solver"), [("llama", "sparsegpt"), ("mixtral", "wanda"), ("routed", "sparsegpt")])
 def test_two_processes_equal_one(tmp_path, name, solver):
     one = run(1, name, solver, tmp_path / "one")
     two = run(2, name, solver, tmp_path / "two")

@@ -1,5 +1,6 @@
 """Several processes under `torchrun`: batches are split, statistics summed, layers solved on different ranks and shared."""
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ..errors import ConfigError
-from ..passes import Accumulator, Need
+from ..passes import Accumulator, Need, SharedInput
 
 T = TypeVar("T")
 
@@ -44,6 +45,22 @@ class Ranks:
             )
         return list(batches[self.rank :: self.size])
 
+    def agree(self, groups: list[SharedInput]) -> list[SharedInput]:
+        """The same groups of layers on every rank. An expert that no token of one rank reached shares its input with nobody there: such
+        layers are solved apart, everywhere, since ranks that sum up different groups would wait for each other forever."""
+        mine = {layer.name: index for index, group in enumerate(groups) for layer in group.layers}
+        everyones = self.everyones(mine)
+        if all(list(other.items()) == list(mine.items()) for other in everyones):
+            return groups
+        parts: dict[tuple[int, ...], SharedInput] = {}
+        for name in everyones[0]:
+            layer = next(layer for layer in groups[mine[name]].layers if layer.name == name)
+            key = tuple(other[name] for other in everyones)
+            if key not in parts:  # each with sums of its own: they are added up in place
+                parts[key] = SharedInput([], copy.deepcopy(groups[mine[name]].accumulators))
+            parts[key].layers.append(layer)
+        return list(parts.values())
+
     def add_up(self, accumulators: list[Accumulator | None], columns: int, need: Need, device: torch.device) -> None:
         """Sum each accumulator over ranks, in place; an entry stays None only if every rank has None."""
         if self.size == 1:
@@ -76,6 +93,14 @@ class Ranks:
         box = [thing]
         dist.broadcast_object_list(box, owner)
         return box[0]
+
+    def everyones(self, thing: T) -> list[T]:
+        """What every rank gives, in the order of ranks: plain facts of our own making."""
+        if self.size == 1:
+            return [thing]
+        things: list[T | None] = [None] * self.size
+        dist.all_gather_object(things, thing)
+        return [one for one in things if one is not None]
 
     def first_alone(self, make: Callable[[], T]) -> T:
         """What `make` returns, on rank 0 before the others: for folders that whoever comes first makes."""

@@ -218,7 +218,7 @@ class _Steps:
                         output = one.run(device, fresh=one is standing[0] or standing[0].wrote)
                         if keep:
                             outputs.append(output)
-                groups = collector.groups()
+                groups = self.ranks.agree(collector.groups())
             elif dense and not last:  # the dense block's output, before finished weights are read
                 outputs = [one.run(device, fresh=True) for one in standing]
             seconds["collect"], started = _now() - started, _now()
