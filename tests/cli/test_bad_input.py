@@ -15,6 +15,7 @@ from layerwise.cli import main, screen
 from layerwise.engine import work as engine_work
 from layerwise.io import whole
 from layerwise.plan import Plan, Prune
+from layerwise.solvers import Wanda
 from tiny import tiny_llama, tiny_text
 
 
@@ -237,7 +238,17 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_the_rest(here, capsys, 
     def broken(*args, **kwargs):
         raise RuntimeError("a bug\nin two lines")
 
-    monkeypatch.setattr(torch.nn.Linear, "forward", broken)
+    monkeypatch.setattr(Wanda, "solve", broken)
     refused(capsys, here, COMPRESS, 1, "unexpected RuntimeError: a bug in two lines", "--debug")
     assert main([*COMPRESS, "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_take_the_data_is_one_line(here, capsys, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("shapes do not fit\nin two lines")
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", broken)
+    refused(
+        capsys, here, COMPRESS, 1, "cannot run on batch 0", "RuntimeError: shapes do not fit.", "Check that the data"
+    )

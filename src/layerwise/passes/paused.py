@@ -145,9 +145,9 @@ class PausedPasses(AbstractContextManager["PausedPasses"]):
             raise
         except Exception as error:  # the model's own code: any class may come out
             where = f' in "{one.block}"' if one.block else ""
-            reason = (str(error).splitlines() or [""])[0]
+            reason = (str(error).splitlines() or ["no reason given"])[0].rstrip(".")
             raise WalkError(
-                f"the model cannot run on batch {one.index}{where}: {type(error).__name__}: {reason} Check that the data is what"
+                f"the model cannot run on batch {one.index}{where}: {type(error).__name__}: {reason}. Check that the data is what"
                 " the model takes."
             ) from error
         one.block, one.arguments = None, ((), {})
