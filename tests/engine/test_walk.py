@@ -341,6 +341,16 @@ def test_half_precision_keeps_dtype_and_count(dtype):
         assert event.zeros >= plan.zeros(structure.layers)[event.layer]  # rounding to half can make a zero more
 
 
+def test_layers_that_the_plan_keeps_whole_count_in_the_sparsity():
+    model, structure, _, data = setup()
+    first, second = structure.layers[:2]
+    plan = Plan(layers={first.name: Prune(sparsity=0.5), second.name: Prune(sparsity=0.0)})
+    result = compress(model, plan, solver=Wanda(), data=data)
+    assert [layer.layer for layer in result.layers] == [first.name]
+    assert result.kept == second.size
+    assert result.sparsity == (first.size // 2) / (first.size + second.size) == plan.achieved_sparsity(structure.layers)
+
+
 def test_result_is_plain_values():
     model, _, plan, data = setup()
     result = compress(model, plan, solver=Wanda(), data=data)

@@ -10,7 +10,7 @@ from torch import nn
 from ..passes import Forward
 from ..plan import Plan
 from ..solvers.base import Solver
-from ..structure import Structure
+from ..structure import Structure, structure_of
 from ..tasks.batches import Batches, call
 from .events import BlockFinished, Event, LayerSolved
 from .walk import Settings, walk
@@ -18,12 +18,14 @@ from .walk import Settings, walk
 
 @dataclass(frozen=True)
 class Result:
-    """What a walk did. `seconds`: collect, solve, propagate, and total wall time."""
+    """What a walk did. `seconds`: collect, solve, propagate, and total wall time. `kept`: weights of the layers that the plan names
+    and leaves whole; they count in its budget."""
 
     layers: tuple[LayerSolved, ...]
     seconds: dict[str, float]
     solver: dict[str, Any]
     data: dict[str, Any]
+    kept: int = 0
 
     @property
     def zeros(self) -> int:
@@ -31,9 +33,14 @@ class Result:
         return sum(layer.zeros for layer in self.layers)
 
     @property
+    def size(self) -> int:
+        """Weights of all layers that the plan shares its budget over, solved or kept whole."""
+        return sum(layer.size for layer in self.layers) + self.kept
+
+    @property
     def sparsity(self) -> float:
-        """Zeros over weights of the layers that were solved; 0.0 if there were none."""
-        return self.zeros / size if (size := sum(layer.size for layer in self.layers)) else 0.0
+        """Zeros over `size`, as the plan's budget counts; 0.0 if there were no layers."""
+        return self.zeros / self.size if self.size else 0.0
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -42,7 +49,13 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {**asdict(self), "zeros": self.zeros, "sparsity": self.sparsity, "notes": list(self.notes)}
+        return {
+            **asdict(self),
+            "zeros": self.zeros,
+            "size": self.size,
+            "sparsity": self.sparsity,
+            "notes": list(self.notes),
+        }
 
 
 def compress(
@@ -61,6 +74,7 @@ def compress(
     data: calibration batches; a solver that looks at weights alone needs none. progress: called with every event.
     """
     started = time.perf_counter()
+    structure = structure or structure_of(model, include=["*"])
     layers: list[LayerSolved] = []
     seconds = {"collect": 0.0, "solve": 0.0, "propagate": 0.0}
     for event in walk(model, plan, solver, data, settings=settings, structure=structure, forward=forward):
@@ -73,4 +87,7 @@ def compress(
                 seconds[part] += spent
     seconds["total"] = time.perf_counter() - started
     facts = {**data.protocol, "hash": data.hash} if data is not None and solver.needs != "none" else {}
-    return Result(tuple(layers), seconds, {"name": solver.name, **asdict(solver)}, facts)  # type: ignore[call-overload]
+    solved = {layer.layer for layer in layers}
+    whole = plan.zeros(structure.layers).keys() - solved
+    kept = sum(layer.size for layer in structure.layers if layer.name in whole)
+    return Result(tuple(layers), seconds, {"name": solver.name, **asdict(solver)}, facts, kept)  # type: ignore[call-overload]

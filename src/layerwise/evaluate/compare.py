@@ -47,8 +47,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Cell:
-    """One pruned model. achieved: zeros over weights of the pruned layers, counted in the weights. seconds: planning and pruning,
-    measuring left out. peak: bytes of resident memory meanwhile, of the whole process."""
+    """One pruned model. achieved: zeros over the weights that the plan shares its budget over, counted in the weights. seconds: planning
+    and pruning, measuring left out. peak: bytes of resident memory meanwhile, of the whole process."""
 
     recipe: Recipe
     plan: Plan

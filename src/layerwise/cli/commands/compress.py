@@ -192,10 +192,8 @@ def _show(job: _Job, result: "Result", saved: "Saved", screen: Screen) -> None:
     seconds = result.seconds
     rows = table("", "", left=2)
     rows.show_header = False
-    size = sum(layer.size for layer in result.layers)
-    rows.add_row(
-        "pruned", f"{result.zeros:,} of {size:,} weights in {len(result.layers)} layers ({result.sparsity:.4%})"
-    )
+    count = f"{result.zeros:,} of {result.size:,} weights ({result.sparsity:.4%}), {len(result.layers)} layers"
+    rows.add_row("pruned", f"{count}; the plan keeps {result.kept:,} in other layers" if result.kept else count)
     rows.add_row("method", f"{job.plan.method.get('name', 'plan')}, solver {job.solver.name}")
     if job.data is not None:
         rows.add_row("data", escape(protocol_line(job.data)))
