@@ -157,6 +157,17 @@ def test_an_unknown_word_or_a_value_out_of_range(here, capsys, args, words):
     refused(capsys, here, [*COMPRESS, *args], 2, *words)
 
 
+def test_a_comparison_of_no_seeds(here, capsys):
+    refused(capsys, here, "compare model --data text.txt --samples 4 --length 32 --seeds 0".split(), 2, "--seeds", "1")
+
+
+def test_no_command_shows_the_help_and_no_empty_error(capsys):
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert "compress" in out
+    assert err == ""
+
+
 def test_an_unknown_command(here, capsys):
     refused(capsys, here, ["comprss", "model"], 2, "comprss")
 

@@ -147,6 +147,17 @@ def test_compare_has_the_controls_and_the_protocol(here, capsys):
     assert first["perplexity"] == second["perplexity"]
 
 
+def test_compare_solvers_in_a_pattern_without_the_random_control(here, capsys):
+    assert main([*COMPARE, *"--methods uniform --solver magnitude,wanda --pattern 2:4 --json".split()]) == 0
+    out, err = capsys.readouterr()
+    cells = json.loads(out)["cells"]
+    assert [(one["method"], one["solver"], one["achieved"]) for one in cells] == [
+        ("uniform", "magnitude", 0.5),
+        ("uniform", "wanda", 0.5),
+    ]
+    assert "no random control" in err
+
+
 @pytest.mark.parametrize("name", ["table.md", "table.html"])
 def test_compare_writes_a_report(here, capsys, name):
     assert main([*COMPARE, "--methods", "erk", "-o", name]) == 0

@@ -64,7 +64,8 @@ def explain(error: BaseException) -> tuple[int | None, list[str]]:
     if isinstance(error, _UsageProblem):
         context = getattr(error, "ctx", None)
         where = f" See {context.command_path} --help." if context is not None else ""
-        return 2, [_one_line(str(error.format_message())).rstrip(".") + "." + where]
+        message = _one_line(str(error.format_message())).rstrip(".")
+        return 2, [f"{message}.{where}"] if message else []  # without a command the help has been shown: nothing to add
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return _STOPPED, ["stopped."]
     if isinstance(error, Exception):

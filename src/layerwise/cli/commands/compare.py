@@ -32,7 +32,9 @@ def compare(
     sparsity: Annotated[str, typer.Option(metavar="S,T,…", help="Budgets.", rich_help_panel=options.HOW)] = "0.5",
     seeds: Annotated[
         int,
-        typer.Option(metavar="N", help="Draws of calibration data and of random plans.", rich_help_panel=options.HOW),
+        typer.Option(
+            metavar="N", min=1, help="Draws of calibration data and of random plans.", rich_help_panel=options.HOW
+        ),
     ] = 1,
     pattern: options.Pattern = None,
     set_: options.Set = None,
@@ -102,6 +104,8 @@ def compare(
     _check_output(output, force)
     choice = ModelChoice(model, dtype, tuple(include or ()), tuple(exclude or ()), remote_code)
     recipes = _recipes(methods, sparsity, range(seed, seed + seeds), pattern, set_ or (), solver, solver_set or ())
+    if all(recipe.name != "random" for recipe in recipes):
+        screen.say(f"note: no random control: with --pattern {pattern} there is nothing to draw.", style="yellow")
     where = device_of(device)
     settings = Settings(propagate_of(propagate), None if where.type == "cpu" else where)
     _ = choice.bytes  # a damaged file shows before anything slow
@@ -140,7 +144,9 @@ def _recipes(
     asked = [name.strip() for name in methods.split(",") if name.strip()]
     budgets = _numbers(sparsity)
     solvers = [solver_of(name.strip(), solver_set) for name in (solver or "wanda").split(",")]
-    names = list(dict.fromkeys([*CONTROLS, *asked]))
+    # random draws a sparsity per layer, and a pattern such as 2:4 leaves nothing to draw
+    controls = [name for name in CONTROLS if pattern in (None, "unstructured") or name != "random"]
+    names = list(dict.fromkeys([*controls, *asked]))
     found = []
     for one in solvers:
         for budget in budgets:
