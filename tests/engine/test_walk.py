@@ -259,6 +259,33 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude_and_named():
                 assert row[keep].min() >= row[~keep].max()
 
 
+class Taps(torch.nn.Module):
+    """Uses the weight of its convolution, one group per channel, without calling the convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv1d(4, 4, 3, padding=1, groups=4)
+
+    def forward(self, x):
+        return x + torch.nn.functional.conv1d(x, self.conv.weight, self.conv.bias, padding=1, groups=4)
+
+
+def test_what_every_group_of_a_convolution_says_is_said_once():
+    model = torch.nn.Sequential(torch.nn.ModuleList([Taps(), Taps()]))
+    model.forward = lambda x: model[0][1](model[0][0](x))
+    plan = Plan(layers={f"0.{i}.conv": Prune(sparsity=0.5) for i in range(2)})
+    result = compress(model, plan, solver=Wanda(), data=Batches(({"x": torch.ones(2, 4, 5)},), {}))
+    assert result.notes == tuple(f"0.{i}.conv: no calibration token reached it: pruned by magnitude" for i in range(2))
+
+
+def test_data_that_is_no_batches_is_refused_before_any_work():
+    model, structure, plan, data = setup()
+    before = weights(model, structure)
+    with pytest.raises(DataError, match=r"data is a list: wrap .* Batches\("):
+        compress(model, plan, solver=Wanda(), data=list(data))
+    assert same(before, weights(model, structure))
+
+
 def test_layers_outside_blocks_can_be_asked_for():
     model = MODELS["cifar_resnet"]().eval()
     structure = structure_of(model, include=["*"])

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import DataError
 from ..passes import Forward
 from ..plan import Plan
 from ..solvers.base import Solver
@@ -73,6 +74,9 @@ def compress(
 
     data: calibration batches; a solver that looks at weights alone needs none. progress: called with every event.
     """
+    if data is not None and not isinstance(data, Batches):  # else it shows when the model is pruned already
+        raise DataError(f"data is a {type(data).__name__}: wrap its batches, which are dictionaries of what forward takes:"
+                        " Batches(tuple(data), {}).")  # fmt: skip
     started = time.perf_counter()
     structure = structure or structure_of(model, include=["*"])
     layers: list[LayerSolved] = []

@@ -130,5 +130,5 @@ def _event(
         zeros=layer.size - int(torch.count_nonzero(parameter)),
         error=sum(known) / total if known and total > 0 else None,
         tokens=min((one.tokens if one else 0) for one in statistics) if solver.needs != "none" else None,
-        notes=tuple(notes),
+        notes=tuple(dict.fromkeys(notes)),  # a convolution in groups says the same for each of them
     )

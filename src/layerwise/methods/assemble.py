@@ -19,7 +19,7 @@ def found(model: nn.Module, structure: Structure | None) -> Structure:
     if not structure.layers:
         raise ModelError(
             f"{type(model).__name__}: no layer is up for compression: it has no repeated blocks, or all of it is excluded."
-            ' Name its layers with include (--include "*").'
+            ' Name its layers: --include "*", in Python structure=structure_of(model, include=["*"]).'
         )
     return structure
 
