@@ -338,6 +338,8 @@ def test_bad_requests_are_refused_before_any_work(tmp_path):
         rows = Plan(layers={"model.layers.1.mlp.down_proj": Prune(sparsity=0.5, pattern="row")})
         compress(model, rows, solver=SparseGPT(), data=data, settings=Settings(work=str(tmp_path / "work")))
     assert not (tmp_path / "work").exists()
+    with pytest.raises(ConfigError, match="give a solver"):
+        compress(model, plan, solver="wanda", data=data)
     with pytest.raises(ConfigError, match="propagate"):
         Settings(propagate="sparse")
     assert same(weights(model, structure), before)

@@ -71,6 +71,8 @@ def walk(
     DataError (the solver needs data), ConfigError (the work folder is another run's). On the way: StatisticsError, SolveError,
     WalkError, SaveError, all naming the layer or file.
     """
+    if not hasattr(solver, "solve"):
+        raise ConfigError(f"solver={solver!r}: give a solver, such as layerwise.solvers.Wanda().")
     settings = settings or Settings()
     structure = structure or structure_of(model, include=["*"])
     prunes = check(plan, structure)

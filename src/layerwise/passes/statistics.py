@@ -36,13 +36,15 @@ class InputStatistics:
 
 
 _ENOUGH_ROWS = 1024  # fewer are kept until there are so many: a product of few rows is bound by reading the sum
+_STRIPS = 4  # X^T X is symmetric: in 4 strips, each from the diagonal on, it takes 0.625 of the full product
+_WORTH_STRIPS = 512  # columns; narrower matrices lose more in small products than they gain
 
 
 class Accumulator:
     """Adds up the statistics of one matrix, batch by batch, in float32 on the device where the rows are.
 
     Sums of squares are carried over batches in float64: it costs nothing and makes the order of batches immaterial.
-    On the CPU X^T X is left to numpy, whose BLAS computes one triangle of it (syrk) in about 0.6 of the time of a full product.
+    Of X^T X only the part on and above the diagonal is computed, in strips; the rest is mirrored when it is read.
     """
 
     def __init__(self, columns: int, need: Need, device: torch.device) -> None:
@@ -51,14 +53,21 @@ class Accumulator:
         wide = torch.float32 if device.type == "mps" else torch.float64
         self.squares = torch.zeros(columns, dtype=wide, device=device)
         self._gram = torch.zeros(columns, columns, device=device) if need == "gram" else None
+        self._half = False  # what lies below the diagonal is out of date
         self._waiting: list[Tensor] = []
 
     @property
     def gram(self) -> Tensor | None:
         """(columns, columns), all rows so far counted; None when only squares were asked for."""
-        if self._gram is not None and self._waiting:
+        if self._gram is None:
+            return None
+        if self._waiting:
             self._add_products(torch.cat(self._waiting))
             self._waiting = []
+        if self._half:
+            below = torch.ones_like(self._gram, dtype=torch.bool).tril_(-1)
+            self._gram = torch.where(below, self._gram.T, self._gram)
+            self._half = False
         return self._gram
 
     def add(self, rows: Tensor) -> None:
@@ -73,15 +82,20 @@ class Accumulator:
             return
         self._waiting.append(rows.clone())  # the model may write into its own activations later
         if sum(len(some) for some in self._waiting) >= _ENOUGH_ROWS:
-            _ = self.gram
+            self._add_products(torch.cat(self._waiting))
+            self._waiting = []
 
     def _add_products(self, rows: Tensor) -> None:
         assert self._gram is not None  # noqa: S101  (asked for)
-        if rows.device.type == "cpu":
-            array = rows.numpy()
-            self._gram += torch.from_numpy(array.T @ array)
-        else:
+        columns = rows.shape[1]
+        if columns < _WORTH_STRIPS:
             self._gram.addmm_(rows.T, rows)
+            return
+        self._half = True
+        width = -(-columns // _STRIPS)
+        for start in range(0, columns, width):
+            strip = self._gram[start : start + width, start:]
+            strip.addmm_(rows[:, start : start + width].T, rows[:, start:])
 
     def result(self) -> InputStatistics:
         """What was summed so far."""
