@@ -70,18 +70,21 @@ def test_mean_and_deviation_of_cells():
 
 
 def test_results_go_on_after_a_line_cut_short(tmp_path):
-    from allocation import Cell, Results
+    from lines import Lines
 
-    file, protocol = tmp_path / "cells.jsonl", {"weights": "a"}
-    first, second = Cell("m"), Cell("m", 0.5, "owl", "wanda", 1)
-    Results(file).add(first, protocol, {"perplexity": 3.0})
-    file.write_text(file.read_text() + '{"cell": {"model": "m", "spar')
-    Results(file).add(second, protocol, {"perplexity": 5.0})
-    again = Results(file)
-    assert (first, protocol) in again
-    assert (second, protocol) in again
-    assert (second, {"weights": "b"}) not in again
-    assert again.of(protocol, allocation="owl") == [{"perplexity": 5.0}]
+    file = tmp_path / "cells.jsonl"
+    first, second = {"model": "m", "seed": 0, "protocol": {"weights": "a"}}, {"model": "m", "seed": 1, "protocol": {}}
+    Lines(file).add(first, {"perplexity": 3.0})
+    file.write_text(file.read_text() + '{"key": {"model": "m", "spar')
+    Lines(file).add(second, {"perplexity": 5.0})
+    again = Lines(file)
+    assert first in again
+    assert {**first, "protocol": {"weights": "b"}} not in again
+    assert again[second] == {"perplexity": 5.0}
+    assert again.of(model="m", seed=1) == again.of(protocol={}) == [{"perplexity": 5.0}]
+    assert again.of(model="m") == [{"perplexity": 3.0}, {"perplexity": 5.0}]
+    Lines(file).add(first, {"perplexity": 4.0})
+    assert Lines(file).of(seed=0) == [{"perplexity": 4.0}]
 
 
 def test_magnitude_with_a_fixed_allocation_needs_one_seed():
