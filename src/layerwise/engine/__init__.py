@@ -3,6 +3,18 @@
 from .compress import Result, compress
 from .events import BlockFinished, BlockStarted, Event, LayerSolved
 from .ranks import Ranks
+from .trial import Trials
 from .walk import Settings, walk
 
-__all__ = ["BlockFinished", "BlockStarted", "Event", "LayerSolved", "Ranks", "Result", "Settings", "compress", "walk"]
+__all__ = [
+    "BlockFinished",
+    "BlockStarted",
+    "Event",
+    "LayerSolved",
+    "Ranks",
+    "Result",
+    "Settings",
+    "Trials",
+    "compress",
+    "walk",
+]

@@ -1,6 +1,7 @@
 """Solving the layers of one block: those that share an input together, each written back in its own storage."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,15 @@ from ..solvers.select import spread
 from ..structure import Layer, as_matrices, from_matrices, parameter_of
 from .events import LayerSolved
 from .ranks import Ranks
+
+
+class Group(Protocol):
+    """Layers that see one input, with its statistics: `passes.SharedInput`, or anything that knows as much."""
+
+    @property
+    def layers(self) -> Sequence[Layer]: ...
+
+    def statistics(self) -> list[InputStatistics | None]: ...
 
 
 def solve_groups(
@@ -37,7 +47,7 @@ def solve_groups(
 
 
 def solve_group(
-    model: nn.Module, group: SharedInput, prunes: Mapping[str, Prune], solver: Solver, seed: int
+    model: nn.Module, group: Group, prunes: Mapping[str, Prune], solver: Solver, seed: int
 ) -> list[LayerSolved]:
     """Solve the layers of one input together, matrix by matrix (one for a linear, one per group or expert otherwise)."""
     first = group.layers[0]

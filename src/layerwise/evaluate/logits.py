@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError, DataError, ModelError, ScoreError
 from ..tasks.batches import Batch, Batches, call
+from ..tasks.divergence import kl_rows
 
 Convention = Literal["standard", "wanda", "all"]
 Progress = Callable[[int, int], None]  # batches done, batches in all
@@ -152,9 +153,7 @@ def _compare(sums: Sums, log_q: Tensor, dense: Tensor, wanted: Tensor) -> None:
     """log_q, dense: (rows, vocabulary) log-probabilities of the compressed model, logits of the dense one."""
     log_p = F.log_softmax(dense, dim=-1)
     sums.dense_nll -= log_p.gather(-1, wanted).double().sum().item()
-    terms = log_p.exp() * (log_p - log_q)
-    # 0 log 0 = 0: some models mask part of their vocabulary with -inf
-    sums.kl += terms.masked_fill_(log_p.isneginf(), 0.0).sum(-1).double().sum().item()
+    sums.kl += kl_rows(log_p, log_q).double().sum().item()
     sums.agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
 
 
