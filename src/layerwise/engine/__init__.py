@@ -4,7 +4,7 @@ from .compress import Result, compress
 from .events import BlockFinished, BlockStarted, Event, LayerSolved
 from .ranks import Ranks
 from .trial import Trials
-from .walk import Settings, walk
+from .walk import Settings, walk, weights_key
 
 __all__ = [
     "BlockFinished",
@@ -17,4 +17,5 @@ __all__ = [
     "Trials",
     "compress",
     "walk",
+    "weights_key",
 ]

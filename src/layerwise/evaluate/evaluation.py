@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
+from ..tasks import undisturbed
 from ..tasks.batches import Batches
 from ..tasks.text import check_vocabulary
-from .logits import Convention, Progress, dtype_of, token_sums, undisturbed
+from .logits import Convention, Progress, dtype_of, token_sums
 from .perplexity import exponential
 from .protocol import Protocol, protocol_of
 

@@ -17,8 +17,8 @@ import numpy as np
 from torch import nn
 
 from ..errors import ConfigError, DataError, MissingExtra, ModelError
+from ..tasks import undisturbed
 from ..tasks.text import tokenizer_hash
-from .logits import undisturbed
 from .protocol import Protocol, environment_of
 
 if TYPE_CHECKING:

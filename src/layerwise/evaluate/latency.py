@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Measurement, Timer
 
 from ..errors import ConfigError
-from .logits import context_of, undisturbed
+from ..tasks import undisturbed
+from .logits import context_of
 from .protocol import Protocol, environment_of
 
 RUNS = 5  # about as many at least, however slow the model
