@@ -36,6 +36,7 @@ ROWS = [
     Row("erk-plus", bad={"dense": 3}, word="dense=3: give text", highest=0.6),
     Row("owl", settings={"outlier_factor": 2.0}, bad={"outlier_factor": 0.5}, word="outlier_factor"),
     Row("random", settings={"seed": 3}, bad={"spread": -0.1}, word="spread"),
+    Row("auto", settings={"only": "erk", "solver": "magnitude"}, bad={"only": "eerk"}, word='"erk"'),
 ]
 SOME_MODELS = ("llama", "cifar_resnet", "mixtral", "t5", "gpt2", "phi3", "vit", "flux")
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.method)

@@ -13,6 +13,11 @@ from layerwise.tasks.divergence import kl_rows, predictions
 from models import MODELS, inputs_for
 
 
+class _Counting(nn.Module):
+    def forward(self, x):
+        return {"count": len(x)}
+
+
 def test_kl_by_hand():
     p, q = torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([[0.25, 0.75], [0.5, 0.5]])
     by_hand = [0.5 * math.log(2) + 0.5 * math.log(2 / 3), math.log(2)]  # the second: 0 log 0 counts nothing
@@ -32,14 +37,16 @@ def test_equals_the_divergence_that_is_reported():
     assert found == pytest.approx([reported], rel=1e-4)
 
 
-@pytest.mark.parametrize(("name", "rows"), [("llama", 24), ("t5", 14), ("vit", 2), ("clip", 2), ("cifar_resnet", 2)])
+@pytest.mark.parametrize(
+    ("name", "rows"), [("llama", 24), ("t5", 14), ("vit", 2), ("clip", 2), ("cifar_resnet", 2), ("dit", 2)]
+)
 def test_every_kind_of_output_has_rows(name, rows):
     model = MODELS[name]().eval()
     batch = inputs_for(name, model, seed=0)
     with torch.no_grad():
-        found = predictions(model, batch)
-    assert found.ndim == 2
+        found, logits = predictions(model, batch)
     assert len(found) == rows
+    assert logits == (found.ndim == 2) == (name != "dit")
     yardstick = Yardstick(model, [batch])
     assert yardstick.divergences(model) == pytest.approx([0.0], abs=1e-7)
     with torch.no_grad():
@@ -53,7 +60,7 @@ def test_padding_does_not_count():
     ids = torch.arange(12).reshape(1, 12)
     mask = torch.tensor([[1] * 8 + [0] * 4])
     with torch.no_grad():
-        assert len(predictions(model, {"input_ids": ids, "attention_mask": mask})) == 8
+        assert len(predictions(model, {"input_ids": ids, "attention_mask": mask})[0]) == 8
 
 
 def test_many_predictions_are_thinned_out_and_say_so():
@@ -67,11 +74,18 @@ def test_many_predictions_are_thinned_out_and_say_so():
     assert third.divergences(model) == pytest.approx([0.0, 0.0], abs=1e-7)
 
 
+def test_other_outputs_are_judged_by_their_relative_squared_error():
+    doubled, halved = nn.Conv2d(1, 1, 1, bias=False), nn.Conv2d(1, 1, 1, bias=False)
+    nn.init.constant_(doubled.weight, 2.0)
+    nn.init.constant_(halved.weight, 1.0)
+    assert Yardstick(doubled, [{"x": torch.ones(2, 1, 3, 3)}]).divergences(halved) == [0.25]
+
+
 def test_what_cannot_be_compared_is_said():
     with pytest.raises(DataError, match="no batch"):
         Yardstick(MODELS["llama"](), [])
-    with pytest.raises(ModelError, match="Sequential gives no logits"):
-        predictions(nn.Sequential(nn.Flatten(0)), {"x": torch.ones(2, 3)})
+    with pytest.raises(ModelError, match="gives no tensor of numbers"):
+        predictions(_Counting(), {"x": torch.ones(1)})
     broken = MODELS["llama"]()
     nn.init.constant_(broken.lm_head.weight, math.nan)
     with pytest.raises(ScoreError, match="batch 1"):

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..settings import build
+from .auto import Auto, Search
 from .base import Method
 from .erdos_renyi import ER, ERK, ERKPlus
 from .owl import OWL
@@ -15,9 +16,11 @@ __all__ = [
     "ERK",
     "METHODS",
     "OWL",
+    "Auto",
     "ERKPlus",
     "Method",
     "RandomRatios",
+    "Search",
     "Uniform",
     "UniformPlus",
     "method_from",
@@ -31,6 +34,7 @@ METHODS: dict[str, type[Method]] = {
     "erk-plus": ERKPlus,
     "owl": OWL,
     "random": RandomRatios,
+    "auto": Auto,
 }
 
 
