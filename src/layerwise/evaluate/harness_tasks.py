@@ -23,7 +23,8 @@ from ..errors import ConfigError, DataError, MissingExtra
 TaskLike = str | Path | Mapping[str, Any]
 
 _GROUP = re.compile(r"""^group\s*:\s*["']?([^"'\s#]+)""", re.MULTILINE)
-_NO_NEWS = "Custom kwargs can be passed"  # said of every task that makes its own data; the option it names is lm-eval's
+# said of tasks of its own that leave a setting out, and of every task that makes its data (the option it names is lm-eval's)
+_NO_NEWS = ("using default aggregation", "using default higher_is_better", "Custom kwargs can be passed")
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class _Notes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         note = f"lm-eval: {' '.join(record.getMessage().split())}"
-        if note not in self.notes and _NO_NEWS not in note:
+        if note not in self.notes and not any(words in note for words in _NO_NEWS):
             self.notes.append(note)
 
 
