@@ -143,6 +143,22 @@ def test_our_scores_are_the_harness_scores(run, model, tokenizer):
     assert (got["acc"].value, got["acc_norm"].value) == pytest.approx((right[0] / 40, right[1] / 40))
 
 
+def test_a_bfloat16_model_is_scored_in_float32(tokenizer):
+    pytest.importorskip("lm_eval")
+    model = sharp().bfloat16()
+    got = harness(model, tokenizer, [QUESTIONS], limit=6)
+    assert got.protocol["softmax"] == "float32"
+    with torch.no_grad():
+        for one, row in zip(ROWS[:6], got.log_likelihoods["stdlib_modules"], strict=True):
+            answers = [f" {answer}" for answer in one["choices"]]
+            # one by one, as the harness does: padding changes kernels, and so the last bits of bfloat16
+            expected = [
+                answer_scores(model, tokenizer, f"Question: {one['question']}\nAnswer:", [a])[0] for a in answers
+            ]
+            assert row == pytest.approx(expected, abs=1e-3)
+            assert row != pytest.approx(torch.tensor(row).bfloat16().tolist(), abs=1e-3)
+
+
 @pytest.mark.parametrize("length", [8, 256])
 def test_a_uniform_model_has_50_to_the_tokens_per_byte(tmp_path, length):
     pytest.importorskip("lm_eval")

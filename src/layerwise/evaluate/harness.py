@@ -2,7 +2,8 @@
 
 The harness puts the model into evaluation mode, ties its weights by the configuration, gives the tokenizer a padding token, and reseeds
 Python, numpy and torch. Here modes and random states are put back, the tokenizer is a copy, and a model whose head would be
-replaced by its embedding is refused.
+replaced by its embedding is refused. Log-probabilities are taken and summed in float32 whatever the model's dtype: the harness by
+itself does so in the model's, and a sum of -1424 in bfloat16 is a multiple of 8.
 """
 
 import copy
@@ -97,6 +98,7 @@ def harness(
             "tokenizer": tokenizer_hash(tokenizer),
             "bos": "as the tokenizer adds",
             "chat_template": False,
+            "softmax": "float32",
             "length": length,
             "batch": batch,
             "limit": limit or "none",
@@ -138,7 +140,9 @@ def _run(
     from lm_eval.models.huggingface import HFLM
 
     with muted():  # it warns that a model in memory is not a name
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=length)
+        wrapped = HFLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=length, softmax_dtype="float32"
+        )
     if progress is not None:
         wrapped.set_cache_hook(_Answered(tasks, progress))
     with muted() as notes:
