@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import sys
 
 import numpy as np
@@ -192,10 +193,18 @@ def test_differences_are_paired(run, tokenizer):
     assert again == dense  # tasks can be run again, on another model in between
 
 
+def test_prompts_that_were_cut_are_one_note(run, tokenizer):
+    got = harness(sharp(), tokenizer, run[1], limit=3, length=24)
+    (note,) = got.notes
+    assert re.search(r"exceeds model's maximum length \(24\).* \(\d+ more like this\)$", note)
+
+
 def test_bad_requests(model, tokenizer):
     pytest.importorskip("lm_eval")
     with pytest.raises(ConfigError, match="limit=0"):
         harness(model, tokenizer, [QUESTIONS], limit=0)
+    with pytest.raises(ConfigError, match="length=1 an answer may not fit"):
+        harness(model, tokenizer, [QUESTIONS], limit=1, length=1)
     with pytest.raises(ModelError, match="no language model of transformers"):
         harness(nn.Linear(2, 2), tokenizer, [QUESTIONS])
     nn.init.constant_(model.model.norm.weight, math.nan)

@@ -31,7 +31,7 @@ from .harness_figures import (
     unweighted,
     with_errors,
 )
-from .harness_tasks import TaskLike, Tasks, find_tasks, muted, random_states, require_lm_eval
+from .harness_tasks import TaskLike, Tasks, find_tasks, muted, random_states, reason_of, require_lm_eval
 from .logits import Progress, undisturbed
 from .protocol import Protocol, environment_of
 
@@ -147,7 +147,14 @@ def _run(
         wrapped.set_cache_hook(_Answered(tasks, progress))
     with muted() as notes:
         _seed(tasks)
-        output = lm_eval.evaluate(lm=wrapped, task_dict=tasks.loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+        try:
+            output = lm_eval.evaluate(
+                lm=wrapped, task_dict=tasks.loaded, limit=limit, bootstrap_iters=0, log_samples=True
+            )
+        except AssertionError as error:  # its own checks: the one on lengths has no words
+            raise ConfigError(
+                f"lm-eval refuses ({reason_of(error)}): with length={length} an answer may not fit into a window. Give a larger length."
+            ) from error
     return output, notes
 
 
@@ -182,9 +189,7 @@ def _result(output: dict[str, Any], tasks: Tasks, notes: tuple[str, ...], protoc
         raw[group.name] = group.aggregate(raw)
     likelihoods = {name: likelihoods_of(samples[name]) for name in single}
     for name, documents in likelihoods.items():
-        if any(
-            number != number for choices in documents for number in choices
-        ):  # else the first choice would be taken for the best
+        if any(number != number for choices in documents for number in choices):
             raise ScoreError(f"{name}: the logits are not finite numbers. Check the weights for NaN.")
     results = {name: metrics for name, values in raw.items() if (metrics := metrics_of(values))}
     rows = tuple(name for item in tasks.outermost for name in _rows(item, results))

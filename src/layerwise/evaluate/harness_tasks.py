@@ -72,6 +72,7 @@ def find_tasks(
         except ValueError as error:  # the same task by itself and in a group
             raise ConfigError(f"{reason_of(error)}. Name each task once.") from error
         for name, task in loaded["tasks"].items():
+            _check_offered(name, task)
             _set_shots(name, task, shots)
             if task.get_config("num_fewshot") and _asks_itself(task):  # lm-eval says nothing
                 notes.append(
@@ -108,9 +109,9 @@ def random_states() -> Iterator[None]:
 
 @contextmanager
 def muted() -> Iterator[list[str]]:
-    """lm-eval and datasets talk on both streams. Here they do not; warnings of lm-eval end up in the list, each once."""
+    """lm-eval and datasets talk on both streams. Here they do not; warnings of lm-eval are in the list when the block ends."""
     notes: list[str] = []
-    logger, handler = logging.getLogger("lm_eval"), _Notes(notes)
+    logger, handler = logging.getLogger("lm_eval"), _Notes()
     propagated = logger.propagate
     logger.addHandler(handler)
     logger.propagate = False
@@ -120,6 +121,7 @@ def muted() -> Iterator[list[str]]:
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagated
+        notes += handler.lines()
 
 
 def reason_of(error: BaseException, longest: int = 200) -> str:
@@ -129,14 +131,22 @@ def reason_of(error: BaseException, longest: int = 200) -> str:
 
 
 class _Notes(logging.Handler):
-    def __init__(self, notes: list[str]) -> None:
+    """Warnings of one kind, which differ in numbers alone, are one note: every prompt that is too long has its own."""
+
+    def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.notes = notes
+        self.kinds: dict[str, list[str]] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        note = f"lm-eval: {' '.join(record.getMessage().split())}"
-        if note not in self.notes and not any(words in note for words in _NO_NEWS):
-            self.notes.append(note)
+        note = " ".join(record.getMessage().split())
+        if not any(words in note for words in _NO_NEWS):
+            self.kinds.setdefault(re.sub(r"\d+", "0", note), []).append(note)
+
+    def lines(self) -> list[str]:
+        more = {
+            kind: f" ({len(notes) - 1} more like this)" if len(notes) > 1 else "" for kind, notes in self.kinds.items()
+        }
+        return [f"lm-eval: {notes[0]}{more[kind]}" for kind, notes in self.kinds.items()]
 
 
 def _is_file(word: str | Mapping[str, Any]) -> bool:
@@ -153,11 +163,9 @@ def _manager(
     groups = 0  # they may name tasks of the harness
     for word in words:
         file = Path(word) if isinstance(word, str) and _is_file(word) else None
-        found = _GROUP.search(file.read_text(errors="replace")) if file is not None else None
-        if (
-            file is not None and found is not None
-        ):  # given the path, lm-eval takes the list of tasks for the group's name
-            folders = [*folders, file.parent]
+        found = _GROUP.search(file.read_text("utf-8", errors="replace")) if file is not None else None
+        if file is not None and found is not None:
+            folders = [*folders, file.parent]  # by its path, lm-eval would take a group's list of tasks for its name
         known.append(word if found is None else found[1])
         groups += found is not None or (not isinstance(word, str) and "group" in word)
     names = [word for word in known if isinstance(word, str) and not _is_file(word)]
@@ -188,10 +196,14 @@ def _load(manager: Any, word: str | Mapping[str, Any]) -> list[Any]:
     return [item for part in ("groups", "tasks") for key, item in found[part].items() if key not in inside]
 
 
-def _set_shots(name: str, task: Any, shots: int | None) -> None:
-    if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-        what = "runs code that the model wrote" if getattr(task, "UNSAFE_CODE", False) else "needs images or sound"
+def _check_offered(name: str, task: Any) -> None:
+    unsafe = getattr(task, "UNSAFE_CODE", False)
+    if unsafe or getattr(task, "MULTIMODAL", False):
+        what = "runs code that the model wrote" if unsafe else "needs images or sound"
         raise ConfigError(f"{name}: this task {what}, which is not offered here. Use lm-eval itself.")
+
+
+def _set_shots(name: str, task: Any, shots: int | None) -> None:
     own = task.get_config("num_fewshot")
     if shots is not None and own == 0 != shots:  # lm-eval would leave it at 0 without a word
         raise ConfigError(
@@ -203,10 +215,5 @@ def _set_shots(name: str, task: Any, shots: int | None) -> None:
 def _asks_itself(task: Any) -> bool:
     """Whether examples for the prompts come from the split that is asked."""
     pool = getattr(task, "fewshot_cfg", None)
-    if (
-        getattr(pool, "split", None) is not None
-        or getattr(pool, "samples", None) is not None
-        or task.has_training_docs()
-    ):
-        return False
-    return not (task.has_validation_docs() and task.has_test_docs())
+    named = getattr(pool, "split", None) is not None or getattr(pool, "samples", None) is not None
+    return not (named or task.has_training_docs() or (task.has_validation_docs() and task.has_test_docs()))
