@@ -4,5 +4,17 @@ from .compress import Result, compress
 from .events import BlockFinished, BlockStarted, Event, LayerSolved
 from .ranks import Ranks
 from .walk import Settings, walk
+from .work import Work
 
-__all__ = ["BlockFinished", "BlockStarted", "Event", "LayerSolved", "Ranks", "Result", "Settings", "compress", "walk"]
+__all__ = [
+    "BlockFinished",
+    "BlockStarted",
+    "Event",
+    "LayerSolved",
+    "Ranks",
+    "Result",
+    "Settings",
+    "Work",
+    "compress",
+    "walk",
+]

@@ -1,6 +1,5 @@
 """`layerwise compress`: plan (or take a plan), prune block by block, save, check what was saved."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +17,7 @@ from ..settings import MethodChoice, device_of, propagate_of, solver_of
 if TYPE_CHECKING:
     from torch import nn
 
-    from ...engine import Result, Settings
+    from ...engine import Result, Settings, Work
     from ...io import Saved
     from ...plan import Plan
     from ...solvers import Solver
@@ -85,7 +84,7 @@ def compress(
     [dim]2 of every 4:[/]  layerwise compress MODEL --pattern 2:4 --data text.jsonl -o out
     [dim]Several processes:[/]  torchrun --nproc-per-node 2 -m layerwise compress demo -o out
     """
-    from ...engine import Ranks, Settings
+    from ...engine import Ranks, Settings, Work
     from ...io import check_output
     from ...plan import Plan
 
@@ -100,23 +99,22 @@ def compress(
     ranks = Ranks.join(where)
     check_output(output, force=force, needed=2 * choice.bytes)  # the finished blocks, and the folder made from them
     folder = work or output.with_name(f"{output.name}.work")
-    settings = Settings(propagate_of(propagate), None if where.type == "cpu" else where, str(folder), seed)
     drawn = None
     if chosen.needs != "none" or (built is not None and built.needs_data):
         drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen)
-    loaded = choice.load(screen, stream=stream, device=where)
-    structure = choice.structure(loaded)
-    if given is not None:
-        final = with_facts(given, choice, structure, chosen) if given.model is None else _with_solver(given, chosen)
-    else:
-        final = make_plan(built, choice, loaded, structure, drawn, screen, chosen)
-        final = Plan.model_validate(ranks.share_object(final.to_dict(), 0))  # the last bit of a score may differ
-    job = _Job(choice, loaded, final, chosen, drawn, settings, stream)
-    with work_folder(folder) if ranks.rank == 0 else nullcontext():
+    with work_folder(folder) if ranks.rank == 0 else Work(folder, lock=False) as held:
+        settings = Settings(propagate_of(propagate), None if where.type == "cpu" else where, held, seed)
+        loaded = choice.load(screen, stream=stream, device=where)
+        structure = choice.structure(loaded)
+        if given is not None:
+            final = with_facts(given, choice, structure, chosen) if given.model is None else _with_solver(given, chosen)
+        else:
+            final = make_plan(built, choice, loaded, structure, drawn, screen, chosen)
+            final = Plan.model_validate(ranks.share_object(final.to_dict(), 0))  # the last bit of a score may differ
+        job = _Job(choice, loaded, final, chosen, drawn, settings, held, stream)
         result = job.run(screen)
-        if ranks.rank == 0:
-            saved = job.save(output, force, result, screen)
-    if ranks.rank == 0:
+        saved = job.save(output, force, result, screen) if ranks.rank == 0 else None
+    if saved is not None:
         _show(job, result, saved, screen)
 
 
@@ -130,6 +128,7 @@ class _Job:
     solver: "Solver"
     data: "Batches | None"
     settings: "Settings"
+    work: "Work"
     stream: bool
 
     def run(self, screen: Screen) -> "Result":
@@ -143,7 +142,7 @@ class _Job:
                 solver=self.solver,
                 data=self.data,
                 settings=self.settings,
-                progress=bar_of(step, screen, Path(self.settings.work or "")),
+                progress=bar_of(step, screen, self.work),
             )
 
     def save(self, output: Path, force: bool, result: "Result", screen: Screen) -> "Saved":
