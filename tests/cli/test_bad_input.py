@@ -11,31 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from layerwise.cli import main, screen
+from layerwise.cli import main
 from layerwise.engine import Work
 from layerwise.engine import work as engine_work
 from layerwise.io import whole
 from layerwise.plan import Plan, Prune
 from layerwise.solvers import Wanda
-from tiny import tiny_llama, tiny_text
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source")
-    tiny_llama(folder / "model")
-    tiny_text(folder / "text.txt")
-    return folder
-
-
-@pytest.fixture
-def here(source, tmp_path, monkeypatch):
-    """A folder with a model and a text that may be spoilt."""
-    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(screen, "SOON", 1e9)  # no lines about progress, however slow this machine is today
-    return tmp_path
-
+from tiny import tiny_llama
 
 COMPRESS = "compress model -o out --data text.txt --samples 4 --length 32".split()
 
