@@ -125,7 +125,16 @@ Length = Annotated[
         show_default=False,
     ),
 ]
-Batch = Annotated[int, typer.Option(metavar="N", help="Windows in one forward pass.", rich_help_panel=DATA)]
+Batch = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Windows in one forward pass.  [dim]default: 1; of images 32[/]",
+        rich_help_panel=DATA,
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option(metavar="N", help="Of everything that is drawn.", rich_help_panel=DATA)]
 Device = Annotated[
     str,

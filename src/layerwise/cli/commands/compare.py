@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 
 from .. import options
+from ..given import refuse
 from ..inputs import DataChoice, ModelChoice, environment_line, protocol_line
 from ..screen import Screen
 from ..settings import MethodChoice, device_of, propagate_of, solver_of
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def compare(
+    context: typer.Context,
     model: options.Model,
     include: options.Include = None,
     exclude: options.Exclude = None,
@@ -70,7 +72,7 @@ def compare(
     ] = None,
     samples: options.Samples = 128,
     length: options.Length = None,
-    batch: options.Batch = 1,
+    batch: options.Batch = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -101,14 +103,22 @@ def compare(
     from ...evaluate.compare import cells
 
     screen = Screen(json=json, quiet=quiet)
+    if output is None:
+        refuse(context, "without --output there is nothing to replace", "force")
     _check_output(output, force)
     choice = ModelChoice(model, dtype, tuple(include or ()), tuple(exclude or ()), remote_code)
     recipes = _recipes(methods, sparsity, range(seed, seed + seeds), pattern, set_ or (), solver, solver_set or ())
+    if all(one.solver.needs == "none" for one in recipes):
+        refuse(context, "since every solver here looks at weights alone", "propagate")
+        if not any(one.method.needs_data for one in recipes):
+            unused = ("samples", "data") if held_out else ("samples",)  # of --data the measured text is read otherwise
+            refuse(context, "since every method and solver here looks at weights alone", *unused)
     if all(recipe.name != "random" for recipe in recipes):
         screen.say(f"note: no random control: with --pattern {pattern} there is nothing to draw.", style="yellow")
     where = device_of(device)
     settings = Settings(propagate_of(propagate), None if where.type == "cpu" else where)
     _ = choice.bytes  # a damaged file shows before anything slow
+    choice.check_perplexity()
     source = DataChoice(data, samples, length, batch, seed)
     if held_out in (None, data) and source.where(choice) != "python-docs":
         screen.say(

@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 
 from .. import options
+from ..given import CALIBRATION, SHARING, refuse
 from ..inputs import DataChoice, ModelChoice, protocol_line
 from ..planning import make_plan, with_facts
 from ..running import bar_of, show_notes, work_folder
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 
 def compress(
+    context: typer.Context,
     model: options.Model,
     *,
     include: options.Include = None,
@@ -50,7 +52,7 @@ def compress(
     data: options.Data = None,
     samples: options.Samples = 128,
     length: options.Length = None,
-    batch: options.Batch = 1,
+    batch: options.Batch = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -89,9 +91,15 @@ def compress(
     from ...plan import Plan
 
     screen = Screen(json=json, quiet=quiet)
-    choice = ModelChoice(model, dtype, tuple(include or ()), tuple(exclude or ()), remote_code)
+    chosen_globs = (
+        (tuple(include or ()), tuple(exclude or ())) if plan is None else (("*",), ())
+    )  # a plan names its layers itself
+    choice = ModelChoice(model, dtype, *chosen_globs, remote_code)
     asked = MethodChoice(method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()))
-    _refuse_both(plan, asked)
+    if plan is not None:
+        refuse(context, "the plan says which layers are pruned and how much (--plan)", *SHARING)
+    if stream:
+        refuse(context, "streamed models are built by transformers' own classes (--stream)", "remote_code")
     given = Plan.load(plan) if plan is not None else None
     built = None if given is not None else asked.build(seed=seed)
     chosen = solver_of(solver, solver_set or (), given.solver if given is not None else None)
@@ -99,8 +107,13 @@ def compress(
     ranks = Ranks.join(where)
     check_output(output, force=force, needed=2 * choice.bytes)  # the finished blocks, and the folder made from them
     folder = work or output.with_name(f"{output.name}.work")
+    if chosen.needs == "none":
+        refuse(context, f"since solver {chosen.name} looks at weights alone", "propagate")
     drawn = None
-    if chosen.needs != "none" or (built is not None and built.needs_data):
+    if chosen.needs == "none" and not (built is not None and built.needs_data):
+        who = f"solver {chosen.name}" if built is None else f"method {built.name} and solver {chosen.name}"
+        refuse(context, f"since {who} look{'s' if built is None else ''} at weights alone", *CALIBRATION)
+    else:
         drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen)
     with work_folder(folder) if ranks.rank == 0 else Work(folder, lock=False) as held:
         settings = Settings(propagate_of(propagate), None if where.type == "cpu" else where, held, seed)
@@ -169,15 +182,6 @@ class _Job:
                 force=force,
                 dense=self.choice.folder,
             )
-
-
-def _refuse_both(plan: Path | None, asked: MethodChoice) -> None:
-    from ...errors import ConfigError
-
-    if plan is not None and asked != MethodChoice():
-        raise ConfigError(
-            "--plan says how sparse each layer gets; leave --method, --sparsity, --pattern and --set out."
-        )
 
 
 def _with_solver(plan: "Plan", solver: "Solver") -> "Plan":

@@ -68,6 +68,7 @@ def demo(
     where = device_of(device)
     choice = ModelChoice(model, "float32")
     check_output(output, force=force, needed=choice.bytes)
+    choice.check_perplexity()
     source = DataChoice(data or "python-docs", samples, min(512, choice.length(None)), seed=seed)
     drawn, windows = source.draw(choice, screen), source.read(choice, screen, tokens)
     loaded = choice.load(screen, device=where)

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from ...errors import ModelError
 from .. import options
+from ..given import refuse
 from ..inputs import DataChoice, ModelChoice, environment_line, protocol_line
 from ..screen import Screen, table
 from ..settings import convention_of, device_of
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from ...evaluate import ZeroCount
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
+    context: typer.Context,
     model: options.Model,
     against: Annotated[
         str | None,
@@ -52,7 +54,7 @@ def evaluate(
     latency: Annotated[
         bool, typer.Option("--latency", help="Also time prefill and decoding.", rich_help_panel=options.HOW)
     ] = False,
-    batch: options.Batch = 1,
+    batch: options.Batch = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     remote_code: options.RemoteCode = False,
@@ -72,20 +74,21 @@ def evaluate(
     choices = {"model": ModelChoice(model, dtype, remote_code=remote_code)}
     if against is not None:
         choices["dense"] = ModelChoice(against, dtype, remote_code=remote_code)
+    if choices["model"].sees:
+        refuse(
+            context, "since an image classifier is judged by its accuracy", "length", "tokens", "convention", "latency"
+        )
     source = data or ("python-docs" if "demo" in (model, against) else None)
     for choice in choices.values():
         _ = choice.bytes  # a damaged file shows before anything is loaded
-        if not choice.sees and choice.kind not in ("AutoModelForCausalLM", "AutoModelForImageTextToText"):
-            raise ModelError(
-                f'model "{choice.name}" is of {choice.kind}: this command judges causal language models (perplexity) and image'
-                " classifiers (accuracy). Measure it with its own task in Python."
-            )
+        if not choice.sees:  # image classifiers are judged by their accuracy
+            choice.check_perplexity()
     windows = DataChoice(source, length=length, batch=batch).read(
         choices["model"], screen, tokens, tail=convention == "all"
     )
     models = {name: choice.load(screen) for name, choice in choices.items()}
     if choices["model"].sees:
-        _classifier(choices, models, windows, screen)
+        _classifier(choices, models, windows, where, screen)
         return
     with screen.task("Evaluating") as step:
         found = measure(
@@ -128,14 +131,18 @@ def evaluate(
 
 
 def _classifier(
-    choices: "dict[str, ModelChoice]", models: "dict[str, nn.Module]", pictures: "Batches", screen: Screen
+    choices: "dict[str, ModelChoice]",
+    models: "dict[str, nn.Module]",
+    pictures: "Batches",
+    device: "torch.device",
+    screen: Screen,
 ) -> None:
     """Accuracy instead of perplexity, agreement with the dense model's choice instead of divergence."""
     from ...evaluate import accuracy, count_zeros
 
     with screen.task("Evaluating") as step:
-        found = accuracy(models["model"], pictures, against=models.get("dense"), progress=step)
-        dense = accuracy(models["dense"], pictures) if "dense" in models else None
+        found = accuracy(models["model"], pictures, against=models.get("dense"), device=device, progress=step)
+        dense = accuracy(models["dense"], pictures, device=device) if "dense" in models else None
     files = {name: count_zeros(choice.folder) for name, choice in choices.items()}
     rows = table("", "accuracy", "same choice", "zeros", "bytes")
     figures = {"model": (found.top1, found.agreement), "dense": (dense.top1 if dense else 0.0, 1.0)}
