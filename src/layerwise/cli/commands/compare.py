@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.markup import escape
@@ -25,51 +25,17 @@ def compare(
     model: options.Model,
     include: options.Include = None,
     exclude: options.Exclude = None,
-    methods: Annotated[
-        str,
-        typer.Option(
-            metavar="A,B,…", help="Methods beside the controls uniform and random.", rich_help_panel=options.HOW
-        ),
-    ] = "erk,owl",
-    sparsity: Annotated[str, typer.Option(metavar="S,T,…", help="Budgets.", rich_help_panel=options.HOW)] = "0.5",
-    seeds: Annotated[
-        int,
-        typer.Option(
-            metavar="N", min=1, help="Draws of calibration data and of random plans.", rich_help_panel=options.HOW
-        ),
-    ] = 1,
+    methods: options.Methods = "erk,owl",
+    sparsity: options.Sparsities = "0.5",
+    seeds: options.Seeds = 1,
     pattern: options.Pattern = None,
     set_: options.Set = None,
-    solver: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B,…",
-            help="Solvers: magnitude, random, wanda, sparsegpt.  [dim]default: wanda[/]",
-            rich_help_panel=options.HOW,
-            show_default=False,
-        ),
-    ] = None,
+    solver: options.Solvers = None,
     solver_set: options.SolverSet = None,
     propagate: options.Propagate = "compressed",
     data: options.Data = None,
-    held_out: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DATA",
-            help="Text to measure on.  [dim]default: the calibration source; python-docs holds modules back[/]",
-            rich_help_panel=options.DATA,
-            show_default=False,
-        ),
-    ] = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Only the first so many tokens of that text.",
-            rich_help_panel=options.DATA,
-            show_default=False,
-        ),
-    ] = None,
+    held_out: options.HeldOut = None,
+    tokens: options.Tokens = None,
     samples: options.Samples = 128,
     length: options.Length = None,
     batch: options.Batch = None,
@@ -77,17 +43,7 @@ def compare(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     remote_code: options.RemoteCode = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="Also write the table as .md or .html.",
-            rich_help_panel=options.OUTPUT,
-            show_default=False,
-        ),
-    ] = None,
+    output: options.TableOut = None,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.markup import escape
@@ -37,15 +37,7 @@ def compress(
     set_: options.Set = None,
     min_sparsity: options.MinSparsity = None,
     max_sparsity: options.MaxSparsity = None,
-    plan: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Apply this plan instead of making one.",
-            rich_help_panel=options.HOW,
-            show_default=False,
-        ),
-    ] = None,
+    plan: options.Apply = None,
     solver: options.Solver = None,
     solver_set: options.SolverSet = None,
     propagate: options.Propagate = "compressed",
@@ -56,23 +48,8 @@ def compress(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
-    stream: Annotated[
-        bool,
-        typer.Option(
-            "--stream",
-            help="Read each block from disk for its turn: for models larger than memory.",
-            rich_help_panel=options.RUN,
-        ),
-    ] = False,
-    work: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Finished blocks, to go on from after a kill.  [dim]default: OUTPUT.work[/]",
-            rich_help_panel=options.RUN,
-            show_default=False,
-        ),
-    ] = None,
+    stream: options.Stream = False,
+    work: options.Work = None,
     remote_code: options.RemoteCode = False,
     output: options.Out,
     force: options.Force = False,

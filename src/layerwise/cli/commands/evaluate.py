@@ -1,7 +1,7 @@
 """`layerwise evaluate`: what a compressed model lost, beside the dense one."""
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
@@ -23,37 +23,12 @@ if TYPE_CHECKING:
 def evaluate(
     context: typer.Context,
     model: options.Model,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="The dense model, for divergence and agreement.",
-            rich_help_panel=options.HOW,
-            show_default=False,
-        ),
-    ] = None,
+    against: options.Against = None,
     data: options.Data = None,
     length: options.Length = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Only the first so many tokens of the text.",
-            rich_help_panel=options.DATA,
-            show_default=False,
-        ),
-    ] = None,
-    convention: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="Of perplexity: standard, wanda (windows of the whole context) or all (the short last window counts).",
-            rich_help_panel=options.HOW,
-        ),
-    ] = "standard",
-    latency: Annotated[
-        bool, typer.Option("--latency", help="Also time prefill and decoding.", rich_help_panel=options.HOW)
-    ] = False,
+    tokens: options.Tokens = None,
+    convention: options.Convention = "standard",
+    latency: options.Latency = False,
     batch: options.Batch = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",

@@ -1,7 +1,7 @@
 """`layerwise inspect`: what a model is made of."""
 
 from collections import Counter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
@@ -23,15 +23,8 @@ if TYPE_CHECKING:
 def inspect(
     context: typer.Context,
     model: options.Model,
-    layers: Annotated[bool, typer.Option("--layers", help="One line per layer instead of one per role.")] = False,
-    score: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SCORE",
-            help="Show this score of every block: outlier-ratio or block-influence. Reads data.",
-            show_default=False,
-        ),
-    ] = None,
+    layers: options.Layers = False,
+    score: options.Score = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
     data: options.Data = None,

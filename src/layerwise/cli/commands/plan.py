@@ -1,7 +1,6 @@
 """`layerwise plan`: decide, write the decision down, change nothing."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
@@ -32,32 +31,9 @@ def plan(
     set_: options.Set = None,
     min_sparsity: options.MinSparsity = None,
     max_sparsity: options.MaxSparsity = None,
-    edit: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PLAN",
-            help="Start from this plan instead of a method.",
-            rich_help_panel=options.HOW,
-            show_default=False,
-        ),
-    ] = None,
-    rebalance: Annotated[
-        bool,
-        typer.Option(
-            "--rebalance",
-            help="With --edit: shift the layers evenly until they meet the plan's budget.",
-            rich_help_panel=options.HOW,
-        ),
-    ] = False,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="GLOB",
-            help="With --rebalance: these layers stay as they are (repeatable).",
-            rich_help_panel=options.HOW,
-            show_default=False,
-        ),
-    ] = None,
+    edit: options.Edit = None,
+    rebalance: options.Rebalance = False,
+    keep: options.Keep = None,
     data: options.Data = None,
     samples: options.Samples = 128,
     length: options.Length = None,
@@ -65,17 +41,7 @@ def plan(
     seed: options.Seed = 0,
     dtype: options.Dtype = "auto",
     remote_code: options.RemoteCode = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="plan.yaml, or .json.",
-            rich_help_panel=options.OUTPUT,
-            show_default=False,
-        ),
-    ] = None,
+    output: options.PlanOut = None,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
