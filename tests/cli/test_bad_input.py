@@ -11,30 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from layerwise.cli import main, screen
+from layerwise.cli import main
+from layerwise.engine import Work
 from layerwise.engine import work as engine_work
 from layerwise.io import whole
 from layerwise.plan import Plan, Prune
 from layerwise.solvers import Wanda
-from tiny import tiny_llama, tiny_text
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source")
-    tiny_llama(folder / "model")
-    tiny_text(folder / "text.txt")
-    return folder
-
-
-@pytest.fixture
-def here(source, tmp_path, monkeypatch):
-    """A folder with a model and a text that may be spoilt."""
-    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(screen, "SOON", 1e9)  # no lines about progress, however slow this machine is today
-    return tmp_path
-
+from tiny import tiny_llama
 
 COMPRESS = "compress model -o out --data text.txt --samples 4 --length 32".split()
 
@@ -243,6 +226,17 @@ def test_a_work_folder_of_another_run_is_left_alone(here, capsys):
     (here / "out.work" / "run.json").write_text(json.dumps({"seed": "7"}))
     (here / "out.work" / "blocks" / "model.layers.0.json").write_text("[]")
     refused(capsys, here, COMPRESS, 2, "another run", "seed: 7 then, 0 now")
+
+
+def test_a_work_folder_in_use(here, capsys):
+    with Work("out.work"):
+        refused(capsys, here, COMPRESS, 2, '"out.work"', "another run", "--work")
+    assert not (here / "out.work").exists()
+
+
+def test_a_bad_request_leaves_no_folders_on_the_way_to_the_output(here, capsys):
+    args = [word if word != "out" else "new/folder/out" for word in COMPRESS]
+    refused(capsys, here, [*args, "--exclude", "*.nothing"], 2, "matches no weight")
 
 
 def test_an_unexpected_error_is_one_line_and_debug_shows_the_rest(here, capsys, monkeypatch):

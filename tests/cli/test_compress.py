@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,35 +10,10 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from layerwise.cli import main, screen
+from layerwise.cli import main
 from layerwise.engine import work as engine_work
-from layerwise.io import verify
 from layerwise.plan import Plan
 from tiny import tiny_llama, tiny_text
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source")
-    tiny_llama(folder / "model")
-    tiny_text(folder / "text.txt")
-    return folder
-
-
-@pytest.fixture
-def here(source, tmp_path, monkeypatch):
-    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(screen, "SOON", 1e9)  # no lines about progress, however slow this machine is today
-    return tmp_path
-
-
-@pytest.fixture
-def same_process(monkeypatch):
-    """The check in a fresh process is tested in tests/io; here it would take seconds for each command."""
-    found = verify.Verified("transformers.AutoModelForCausalLM", 1, ("logits",), 0.0)
-    monkeypatch.setattr(verify, "verify", lambda *args, **kwargs: found)
-
 
 CHOSEN = "--data text.txt --samples 4 --length 32".split()
 COMPRESS = ["compress", "model", *CHOSEN, "--sparsity", "0.5"]

@@ -186,7 +186,9 @@ def test_requests_that_cannot_be_carried_out(here, capsys, monkeypatch):
         ["--bos-every-window"],
         ["--convention", "all"],
     ):
-        assert f"{option[0]} goes with a text" in refused(capsys, "model", "--tasks", "second.yaml", *option)
+        assert f"{option[0]}: not used, since --tasks bring their own text" in refused(
+            capsys, "model", "--tasks", "second.yaml", *option
+        )
     assert "--limit goes with --tasks" in refused(capsys, "model", *TEXT, "--limit", "3")
     assert "longest input is 64" in refused(capsys, "model", "--tasks", "second.yaml", "--length", "65")
 

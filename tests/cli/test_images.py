@@ -61,4 +61,4 @@ def test_a_classifier_asks_for_images(here, capsys):
 def test_what_a_classifier_has_no_use_for_is_refused(here, capsys, option):
     more = [] if option[0] == "--tasks" else ["--data", "images.npz"]
     assert main(["evaluate", "model", *more, *option]) == 2
-    assert re.search("takes images|is an image classifier", capsys.readouterr().err)
+    assert re.search("an image classifier", capsys.readouterr().err)

@@ -2,34 +2,15 @@
 
 import json
 import re
-import shutil
 
 import pytest
 
-from layerwise.cli import main, screen
-from layerwise.io import verify
+from layerwise.cli import main
 from layerwise.methods import METHODS
 from layerwise.plan import Plan
 from layerwise.solvers import SOLVERS
-from tiny import tiny_llama, tiny_text
 
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source")
-    tiny_llama(folder / "model")
-    tiny_text(folder / "text.txt")
-    return folder
-
-
-@pytest.fixture
-def here(source, tmp_path, monkeypatch):
-    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(screen, "SOON", 1e9)
-    found = verify.Verified("transformers.AutoModelForCausalLM", 1, ("logits",), 0.0)
-    monkeypatch.setattr(verify, "verify", lambda *args, **kwargs: found)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("same_process")
 
 
 def as_json(capsys, *args):

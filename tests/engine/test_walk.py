@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from layerwise.engine import BlockFinished, BlockStarted, LayerSolved, Settings, compress, walk
+from layerwise.engine import BlockFinished, BlockStarted, LayerSolved, Settings, Work, compress, walk
 from layerwise.engine.walk import run_key
 from layerwise.errors import ConfigError, DataError, OutputError, PlanError, SolveError, StatisticsError, WalkError
 from layerwise.passes import collect_dense
@@ -215,6 +215,36 @@ def test_a_work_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"work folder .* cannot be made"):
         compress(model, plan, solver=Wanda(), data=data, settings=Settings(work=str(tmp_path / "file" / "work")))
+
+
+def test_a_work_folder_in_use_is_refused_and_left_alone(tmp_path):
+    model, structure, plan, _ = setup()
+    settings = Settings(work=str(tmp_path / "work"))
+    first = walk(model, plan, Magnitude(), settings=settings)
+    next(first)
+    other = MODELS["llama"]().eval()
+    before, files = weights(other, structure), sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=r"work\": another run is using it"):
+        compress(other, plan, solver=Magnitude(), settings=settings)
+    assert same(before, weights(other, structure))
+    assert sorted(tmp_path.rglob("*")) == files
+    list(first)
+    assert not (tmp_path / "work" / "lock").exists()
+    compress(
+        other, plan, solver=Magnitude(), settings=settings
+    )  # the same run again: nothing to solve, nothing in the way
+    assert same(weights(model, structure), weights(other, structure))
+
+
+def test_a_work_folder_held_by_the_caller_stays_held(tmp_path):
+    model, _, plan, _ = setup()
+    with Work(tmp_path / "a" / "work") as work:
+        compress(model, plan, solver=Magnitude(), settings=Settings(work=work))
+        assert work.count == 2
+        with pytest.raises(ConfigError, match="another run"), Work(work.folder):
+            pass
+        work.clear()
+    assert list(tmp_path.iterdir()) == []  # folders made for it, too
 
 
 def test_a_run_is_known_by_every_bit_of_its_model_on_any_number_of_threads():

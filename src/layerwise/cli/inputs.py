@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, ModelError
 from .screen import Screen
 
 if TYPE_CHECKING:
@@ -63,6 +63,14 @@ class ModelChoice:
         """Whether it takes images: an image classifier."""
         return self.kind == "AutoModelForImageClassification"
 
+    def check_perplexity(self) -> None:
+        """Raise ModelError unless it is a causal language model, alone or behind images."""
+        if self.kind not in ("AutoModelForCausalLM", "AutoModelForImageTextToText"):
+            raise ModelError(
+                f'model "{self.name}" is of {self.kind}, and perplexity is of causal language models. Measure it with its own'
+                " task in Python."
+            )
+
     def length(self, asked: int | None) -> int:
         """Tokens in a window: as asked, else the model's longest, at most 2048. Raises ConfigError beyond the model's longest."""
         from ..evaluate.logits import context_of
@@ -109,7 +117,7 @@ class DataChoice:
     source: str | None = None
     samples: int = 128
     length: int | None = None
-    batch: int = 1
+    batch: int | None = None  # None: 1 window of text, 32 images
     seed: int = 0
     bos: bool = False  # in front of every window
 
@@ -145,7 +153,7 @@ class DataChoice:
         seed = self.seed if seed is None else seed
         with screen.task(f"Reading {source}"):
             drawn = text(
-                source, tokenizer, samples=self.samples, length=length, batch=self.batch, seed=seed, bos=self.bos
+                source, tokenizer, samples=self.samples, length=length, batch=self.batch or 1, seed=seed, bos=self.bos
             )
         drawn = _fitting(drawn, model)
         return continued(drawn) if model.kind == "AutoModelForSeq2SeqLM" else drawn
@@ -161,7 +169,9 @@ class DataChoice:
         length = model.length(self.length)
         tokenizer = load_tokenizer(model.name, remote_code=model.remote_code)
         with screen.task(f"Reading {source}"):
-            found = held_out(source, tokenizer, length=length, tokens=tokens, batch=self.batch, bos=self.bos, tail=tail)
+            found = held_out(
+                source, tokenizer, length=length, tokens=tokens, batch=self.batch or 1, bos=self.bos, tail=tail
+            )
         return _fitting(found, model)
 
     def _pictures(
@@ -171,10 +181,15 @@ class DataChoice:
         from ..io import load_image_processor
         from ..tasks import images
 
+        if self.length is not None:
+            raise ConfigError("--length: not used, since images have no length in tokens. Leave it out.")
+
         processor = load_image_processor(model.name, remote_code=model.remote_code)
         samples = self.samples if split == "calibration" else None
         with screen.task(f"Reading {source}"):
-            return images(source, processor=processor, samples=samples, seed=self.seed, split=split)
+            return images(
+                source, processor=processor, samples=samples, seed=self.seed, batch=self.batch or 32, split=split
+            )
 
 
 def _fitting(data: "Batches", model: ModelChoice) -> "Batches":

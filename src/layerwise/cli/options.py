@@ -1,11 +1,17 @@
-"""The options that several commands share, with their help. One place, so that a word means the same everywhere."""
+"""Every option with its help, one name each. One place, so that a word means the same in all commands."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 WHAT, HOW, DATA, RUN, OUTPUT = "What to compress", "How", "Data", "Run", "Output"
+
+
+def _option(panel: str | None, metavar: str | None, text: str, *names: str, **more: Any) -> Any:
+    """An option in this panel of the help. Without `show_default` the text says what the default is, or there is none."""
+    return typer.Option(*names, metavar=metavar, help=text, rich_help_panel=panel, **{"show_default": False, **more})
+
 
 Model = Annotated[
     str,
@@ -15,143 +21,169 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+FirstPlan = Annotated[Path, typer.Argument(metavar="A", help="A plan (YAML or JSON).", show_default=False)]
+SecondPlan = Annotated[Path, typer.Argument(metavar="B", help="Another.", show_default=False)]
+
+# what to compress
+OtherModel = Annotated[str, _option(WHAT, "MODEL", "Another language model.", "--model", show_default=True)]
 Include = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="GLOB",
-        help="Only weights whose names match, e.g. '*.mlp.*' (repeatable).",
-        rich_help_panel=WHAT,
-        show_default=False,
-    ),
+    list[str] | None, _option(WHAT, "GLOB", "Only weights whose names match, e.g. '*.mlp.*' (repeatable).")
 ]
-Exclude = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="GLOB",
-        help="Leave out weights whose names match (repeatable).",
-        rich_help_panel=WHAT,
-        show_default=False,
-    ),
-]
+Exclude = Annotated[list[str] | None, _option(WHAT, "GLOB", "Leave out weights whose names match (repeatable).")]
+
+# how: the plan
 Method = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME",
-        help="How the budget is shared over the layers: see [bold]layerwise methods[/].  [dim]default: uniform[/]",
-        rich_help_panel=HOW,
-        show_default=False,
+    _option(
+        HOW,
+        "NAME",
+        "How the budget is shared over the layers: see [bold]layerwise methods[/].  [dim]default: uniform[/]",
     ),
 ]
+Methods = Annotated[str, _option(HOW, "A,B,…", "Methods beside the controls uniform and random.", show_default=True)]
 Sparsity = Annotated[
     float | None,
-    typer.Option(
-        metavar="S",
-        help="Fraction of the chosen weights set to zero, 0 to 1.  [dim]default: the method's own[/]",
-        rich_help_panel=HOW,
-        show_default=False,
-    ),
+    _option(HOW, "S", "Fraction of the chosen weights set to zero, 0 to 1.  [dim]default: the method's own[/]"),
 ]
+OneSparsity = Annotated[
+    float, _option(HOW, "S", "Fraction of the weights set to zero.", "--sparsity", show_default=True)
+]
+Sparsities = Annotated[str, _option(HOW, "S,T,…", "Budgets.", "--sparsity", show_default=True)]
 Pattern = Annotated[
     str | None,
-    typer.Option(
-        metavar="PATTERN",
-        help="[bold]unstructured[/], or n:m such as 2:4: 2 kept of every 4 inputs.  [dim]default: unstructured[/]",
-        rich_help_panel=HOW,
-        show_default=False,
+    _option(
+        HOW,
+        "PATTERN",
+        "[bold]unstructured[/], or n:m such as 2:4: 2 kept of every 4 inputs.  [dim]default: unstructured[/]",
     ),
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="NAME=VALUE",
-        help="A setting of the method, e.g. spread=0.1 (repeatable).",
-        rich_help_panel=HOW,
-        show_default=False,
-    ),
+    _option(HOW, "NAME=VALUE", "A setting of the method, e.g. spread=0.1 (repeatable).", "--set"),
 ]
-MinSparsity = Annotated[
-    float | None,
-    typer.Option(metavar="S", help="No layer below this.", rich_help_panel=HOW, show_default=False),
+MinSparsity = Annotated[float | None, _option(HOW, "S", "No layer below this.")]
+MaxSparsity = Annotated[float | None, _option(HOW, "S", "No layer above this.")]
+Apply = Annotated[Path | None, _option(HOW, "FILE", "Apply this plan instead of making one.", "--plan")]
+Edit = Annotated[Path | None, _option(HOW, "PLAN", "Start from this plan instead of a method.")]
+Rebalance = Annotated[
+    bool, _option(HOW, None, "With --edit: shift the layers evenly until they meet the plan's budget.", "--rebalance")
 ]
-MaxSparsity = Annotated[
-    float | None,
-    typer.Option(metavar="S", help="No layer above this.", rich_help_panel=HOW, show_default=False),
+Keep = Annotated[
+    list[str] | None, _option(HOW, "GLOB", "With --rebalance: these layers stay as they are (repeatable).")
 ]
-Solver = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="What computes the new weights: magnitude, random, wanda, sparsegpt.  [dim]default: wanda[/]",
-        rich_help_panel=HOW,
-        show_default=False,
-    ),
-]
+
+# how: the weights, and the judgement
+_SOLVERS = "magnitude, random, wanda, sparsegpt.  [dim]default: wanda[/]"
+Solver = Annotated[str | None, _option(HOW, "NAME", f"What computes the new weights: {_SOLVERS}")]
+Solvers = Annotated[str | None, _option(HOW, "A,B,…", f"Solvers: {_SOLVERS}", "--solver")]
 SolverSet = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME=VALUE",
-        help="A setting of the solver, e.g. damp=0.1 (repeatable).",
-        rich_help_panel=HOW,
-        show_default=False,
-    ),
+    list[str] | None, _option(HOW, "NAME=VALUE", "A setting of the solver, e.g. damp=0.1 (repeatable).")
 ]
 Propagate = Annotated[
     str,
-    typer.Option(
-        metavar="WHICH",
-        help="Later blocks are measured on the outputs of [bold]compressed[/] blocks, or of [bold]dense[/] ones"
+    _option(
+        HOW,
+        "WHICH",
+        "Later blocks are measured on the outputs of [bold]compressed[/] blocks, or of [bold]dense[/] ones"
         " (one pass, faster, a little worse).",
-        rich_help_panel=HOW,
+        show_default=True,
     ),
 ]
-Data = Annotated[
+Seeds = Annotated[int, _option(HOW, "N", "Draws of calibration data and of random plans.", min=1, show_default=True)]
+Score = Annotated[
     str | None,
     typer.Option(
-        metavar="DATA",
-        help="A .txt, .jsonl or .parquet file, hub:NAME[:CONFIG[:SPLIT]], or [bold]python-docs[/]: the standard library of this"
+        metavar="SCORE",
+        help="Show this score of every block: outlier-ratio or block-influence. Reads data.",
+        show_default=False,
+    ),
+]
+Layers = Annotated[bool, typer.Option("--layers", help="One line per layer instead of one per role.")]
+Against = Annotated[str | None, _option(HOW, "MODEL", "The dense model, for divergence and agreement.")]
+Convention = Annotated[
+    str,
+    _option(
+        HOW,
+        "NAME",
+        "Of perplexity: standard, wanda (windows of the whole context) or all (the short last window counts).",
+        show_default=True,
+    ),
+]
+Latency = Annotated[
+    bool, _option(HOW, None, "Also time prefill and decoding, and count the bytes of the KV cache.", "--latency")
+]
+
+# data
+Data = Annotated[
+    str | None,
+    _option(
+        DATA,
+        "DATA",
+        "A .txt, .jsonl or .parquet file, hub:NAME[:CONFIG[:SPLIT]], or [bold]python-docs[/]: the standard library of this"
         " Python.  [dim]default for demo: python-docs[/]",
-        rich_help_panel=DATA,
-        show_default=False,
     ),
 ]
-Samples = Annotated[int, typer.Option(metavar="N", help="Windows of text that are drawn.", rich_help_panel=DATA)]
+HeldOut = Annotated[
+    str | None,
+    _option(
+        DATA,
+        "DATA",
+        "Text to measure on.  [dim]default: the calibration source; python-docs holds modules back[/]",
+    ),
+]
+Tokens = Annotated[int | None, _option(DATA, "N", "Only the first so many tokens of the measured text.")]
+Bos = Annotated[
+    bool,
+    _option(
+        DATA, None, "Put the BOS token in front of every window, as some models need (Gemma).", "--bos-every-window"
+    ),
+]
+Tasks = Annotated[
+    str | None,
+    _option(
+        DATA,
+        "A,B,…",
+        "Instead of a text: tasks of lm-evaluation-harness, by name (needs the hub) or as .yaml files of your own, which may work"
+        " offline (see examples/lm_eval). Needs layerwise\\[eval].",
+    ),
+]
+Limit = Annotated[int | None, _option(DATA, "N", "Only the first so many documents of each task.", min=1)]
+ScoredTokens = Annotated[int, _option(DATA, "N", "Held-out tokens that are scored.", "--tokens", show_default=True)]
+Samples = Annotated[int, _option(DATA, "N", "Windows of text that are drawn.", show_default=True)]
 Length = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="Tokens in a window.  [dim]default: the model's longest, at most 2048[/]",
-        rich_help_panel=DATA,
-        show_default=False,
-    ),
+    int | None, _option(DATA, "N", "Tokens in a window.  [dim]default: the model's longest, at most 2048[/]")
 ]
-Batch = Annotated[int, typer.Option(metavar="N", help="Windows in one forward pass.", rich_help_panel=DATA)]
-Seed = Annotated[int, typer.Option(metavar="N", help="Of everything that is drawn.", rich_help_panel=DATA)]
+Batch = Annotated[
+    int | None, _option(DATA, "N", "Windows in one forward pass.  [dim]default: 1; of images 32[/]", min=1)
+]
+Seed = Annotated[int, _option(DATA, "N", "Of everything that is drawn.", show_default=True)]
+
+# run
 Device = Annotated[
     str,
-    typer.Option(
-        metavar="DEVICE",
-        help="cpu, cuda, cuda:1, mps, or auto: cuda where there is one. The whole model goes there if it fits, else block by block.",
-        rich_help_panel=RUN,
+    _option(
+        RUN,
+        "DEVICE",
+        "cpu, cuda, cuda:1, mps, or auto: cuda where there is one. The whole model goes there if it fits, else block by block.",
+        show_default=True,
     ),
 ]
-Dtype = Annotated[
-    str,
-    typer.Option(metavar="DTYPE", help="auto (as stored), float32, bfloat16 or float16.", rich_help_panel=RUN),
+Dtype = Annotated[str, _option(RUN, "DTYPE", "auto (as stored), float32, bfloat16 or float16.", show_default=True)]
+Stream = Annotated[
+    bool, _option(RUN, None, "Read each block from disk for its turn: for models larger than memory.", "--stream")
 ]
-RemoteCode = Annotated[
-    bool,
-    typer.Option("--remote-code", help="Run the Python code that comes with the model.", rich_help_panel=RUN),
+Work = Annotated[
+    Path | None,
+    _option(RUN, "FOLDER", "Finished blocks, to go on from after a kill.  [dim]default: OUTPUT.work[/]"),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=RUN)]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Results and errors only, no progress.", rich_help_panel=OUTPUT)
-]
-Json = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.", rich_help_panel=OUTPUT)]
-Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.", rich_help_panel=OUTPUT)]
-Out = Annotated[
-    Path,
-    typer.Option(
-        "--output", "-o", metavar="FOLDER", help="Folder to write.", rich_help_panel=OUTPUT, show_default=False
-    ),
-]
+RemoteCode = Annotated[bool, _option(RUN, None, "Run the Python code that comes with the model.", "--remote-code")]
+Debug = Annotated[bool, _option(RUN, None, "Show the traceback of an error.", "--debug")]
+
+# output
+Out = Annotated[Path, _option(OUTPUT, "FOLDER", "Folder to write.", "--output", "-o")]
+DemoOut = Annotated[Path, _option(OUTPUT, "FOLDER", "Where the best model goes.", "--output", "-o", show_default=True)]
+PlanOut = Annotated[Path | None, _option(OUTPUT, "FILE", "plan.yaml, or .json.", "--output", "-o")]
+TableOut = Annotated[Path | None, _option(OUTPUT, "FILE", "Also write the table as .md or .html.", "--output", "-o")]
+Quiet = Annotated[bool, _option(OUTPUT, None, "Results and errors only, no progress.", "--quiet", "-q")]
+Json = Annotated[bool, _option(OUTPUT, None, "The result as JSON on standard output.", "--json")]
+Force = Annotated[bool, _option(OUTPUT, None, "Replace the output if it exists.", "--force")]

@@ -1,6 +1,5 @@
 """The walk under the command line: a bar from its events, a work folder that outlives a kill, and what is said afterwards."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from ..errors import LayerwiseError, SaveError
 from .screen import Screen, Step
 
 if TYPE_CHECKING:
-    from ..engine import Event
+    from ..engine import Event, Work
 
 MOST_NOTES = 8  # of one kind; --json has all
 
@@ -21,11 +20,11 @@ class Stopped(LayerwiseError):
     exit_code = 130
 
 
-def bar_of(step: Step, screen: Screen, work: Path) -> Callable[["Event"], None]:
+def bar_of(step: Step, screen: Screen, work: "Work") -> Callable[["Event"], None]:
     """What turns the walk's events into a bar: blocks done, and the block at work. Says when an earlier run is gone on with."""
     from ..engine import BlockFinished, BlockStarted
 
-    before = finished_blocks(work)
+    before = work.count
     said = False
 
     def show(event: "Event") -> None:
@@ -36,48 +35,38 @@ def bar_of(step: Step, screen: Screen, work: Path) -> Callable[["Event"], None]:
             step(event.index + 1, event.total, event.block)
             if event.resumed and not said:
                 said = True
-                screen.say(f"Going on from {work}: {before} of {event.total} blocks finished before.")
+                screen.say(f"Going on from {work.folder}: {before} of {event.total} blocks finished before.")
 
     return show
 
 
-def finished_blocks(work: Path) -> int:
-    """How many blocks an earlier run left finished in this work folder."""
-    return len(list((work / "blocks").glob("*.json")))
-
-
 @contextmanager
-def work_folder(work: Path) -> Iterator[None]:
-    """Keeps finished blocks where going on makes sense, and removes the folder where it does not.
+def work_folder(folder: Path) -> Iterator["Work"]:
+    """Ours alone for the whole job, saving included; keeps finished blocks where going on makes sense, and removes the folder where it
+    does not.
 
     Kept: after an interrupt, a full disk, an unexpected error. Removed: after success, and after an error of ours, which the same
-    command would only meet again.
+    command would only meet again. Raises ConfigError, nothing touched, if another run has it.
     """
-    before = finished_blocks(work)
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        kept = finished_blocks(work)
-        if not kept:
-            remove(work)
-        go_on = f"Blocks finished in {work}: {kept}. Run the same command again to go on."
-        how = go_on if kept else "Nothing was written."
-        raise Stopped(f"stopped. {how}") from error
-    except BaseException as error:
-        hopeless = isinstance(error, LayerwiseError) and not isinstance(error, SaveError) and not before
-        if hopeless or not finished_blocks(work):
-            remove(work)
-        raise
-    remove(work)
+    from ..engine import Work
 
-
-def remove(work: Path) -> None:
-    """Only what the engine makes: a folder that holds anything else stays, without our files."""
-    shutil.rmtree(work / "blocks", ignore_errors=True)
-    for file in (work / "run.json", *work.glob(".run.json.partial*")):
-        file.unlink(missing_ok=True)
-    if work.is_dir() and not any(work.iterdir()):
-        work.rmdir()
+    with Work(folder) as work:
+        before = work.count
+        try:
+            yield work
+        except KeyboardInterrupt as error:
+            kept = work.count
+            if not kept:
+                work.clear()
+            go_on = f"Blocks finished in {folder}: {kept}. Run the same command again to go on."
+            how = go_on if kept else "Nothing was written."
+            raise Stopped(f"stopped. {how}") from error
+        except BaseException as error:
+            hopeless = isinstance(error, LayerwiseError) and not isinstance(error, SaveError) and not before
+            if hopeless or not work.count:
+                work.clear()
+            raise
+        work.clear()
 
 
 def show_notes(notes: tuple[str, ...], screen: Screen) -> None:

@@ -48,7 +48,12 @@ class MethodChoice:
                         f"method {name} takes no --{key.replace('_', '-')} {value}. It has {', '.join(sorted(known))}."
                     )
             given |= {key: value for key, value in more.items() if key in known}
-        return method_from(name, **{**given, **pairs(self.set, "--set")})
+        settings = pairs(self.set, "--set")
+        if twice := [key for key in common if key in settings and getattr(self, key) is not None]:
+            raise ConfigError(
+                f"--{twice[0].replace('_', '-')} and --set {twice[0]}=: the same setting twice. Give it once."
+            )
+        return method_from(name, **{**given, **settings})
 
     def _sparsity(self) -> float | None:
         if self.sparsity is None and self.pattern is not None and ":" in self.pattern:
@@ -69,13 +74,16 @@ def solver_of(name: str | None, settings: Sequence[str], planned: dict[str, Any]
 
 
 def pairs(words: Sequence[str], option: str) -> dict[str, Any]:
-    """["a=1", "b=true", "c=x"] -> {"a": 1, "b": True, "c": "x"}. Raises ConfigError for a word without "="."""
+    """["a=1", "b=true", "c=x"] -> {"a": 1, "b": True, "c": "x"}. Raises ConfigError for a word without "=" or a name given twice."""
     found = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f'{option} "{word}": write NAME=VALUE.')
-        found[key.strip().replace("-", "_")] = _value(value.strip())
+        name = key.strip().replace("-", "_")
+        if name in found:
+            raise ConfigError(f"{option} {name}=: given twice. Give it once.")
+        found[name] = _value(value.strip())
     return found
 
 

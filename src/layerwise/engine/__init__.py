@@ -5,6 +5,7 @@ from .events import BlockFinished, BlockStarted, Event, LayerSolved
 from .ranks import Ranks
 from .trial import Trials
 from .walk import Settings, walk, weights_key
+from .work import Work
 
 __all__ = [
     "BlockFinished",
@@ -15,6 +16,7 @@ __all__ = [
     "Result",
     "Settings",
     "Trials",
+    "Work",
     "compress",
     "walk",
     "weights_key",

@@ -104,9 +104,12 @@ class Ranks:
 
     def first_alone(self, make: Callable[[], T]) -> T:
         """What `make` returns, on rank 0 before the others: for folders that whoever comes first makes."""
-        mine = make() if self.rank == 0 else None
+        if self.rank > 0:
+            self.wait()
+            return make()
+        made = make()
         self.wait()
-        return mine if mine is not None else make()
+        return made
 
     def wait(self) -> None:
         """Until every rank is here."""

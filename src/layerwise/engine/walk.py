@@ -8,7 +8,9 @@ one single pass instead: a run less per block, and statistics that do not know w
 import hashlib
 import time
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -34,12 +36,12 @@ class Settings:
     """How the walk is done; what is done is in the plan and the solver.
 
     device: where each block is for its turn; None: where the model is. work: a folder that finished blocks are written to, and from
-    which a killed run goes on. seed: of solvers that draw.
+    which a killed run goes on; a `Work` that is entered already stays the caller's. seed: of solvers that draw.
     """
 
     propagate: Propagate = "compressed"
     device: torch.device | None = None
-    work: str | None = None
+    work: str | Work | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -68,7 +70,7 @@ def walk(
     """Apply the plan to the model in place; yields as it goes, and works only while the caller takes the events.
 
     structure: every weight that the plan may name; found anew when None. Raises before any work: PlanError (the plan does not fit),
-    DataError (the solver needs data), ConfigError (the work folder is another run's). On the way: StatisticsError, SolveError,
+    DataError (the solver needs data), ConfigError (the work folder is another run's, or in use). On the way: StatisticsError, SolveError,
     WalkError, SaveError, all naming the layer or file.
     """
     if not hasattr(solver, "solve"):
@@ -81,16 +83,16 @@ def walk(
     ranks = Ranks.current()
     if store_of(model) is not None and not settings.work:
         raise ConfigError("a streamed model needs a work folder to keep its finished blocks in: Settings(work=...).")
-    work = None
-    if settings.work:
-        key = run_key(model, plan, solver, data, settings, structure)
-        work = ranks.first_alone(lambda: Work(str(settings.work), key))
-    steps = _Steps(model, prunes, solver, settings, ranks, work, len(units))
-    if solver.needs == "none" or data is None:
-        for index, unit in enumerate(units):
-            yield from steps.without_data(unit, index)
-        return
-    yield from _with_data(model, units, ranks.share_of(data), steps, forward)
+    with _opened(settings.work, ranks) as work:
+        if work is not None:
+            key = run_key(model, plan, solver, data, settings, structure)
+            ranks.first_alone(partial(work.begin, key))
+        steps = _Steps(model, prunes, solver, settings, ranks, work, len(units))
+        if solver.needs == "none" or data is None:
+            for index, unit in enumerate(units):
+                yield from steps.without_data(unit, index)
+            return
+        yield from _with_data(model, units, ranks.share_of(data), steps, forward)
 
 
 def check(plan: Plan, structure: Structure) -> dict[str, Prune]:
@@ -159,6 +161,13 @@ def run_key(
         "layerwise": __version__,
         "torch": torch.__version__,
     }
+
+
+def _opened(work: str | Work | None, ranks: Ranks) -> AbstractContextManager[Work | None]:
+    """The work folder, locked for this run by its first rank; one that the caller has entered stays open."""
+    if work is None or isinstance(work, Work):
+        return nullcontext(work)
+    return Work(work, lock=ranks.rank == 0)
 
 
 def _with_data(

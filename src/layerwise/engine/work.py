@@ -1,14 +1,18 @@
 """The work folder: every finished block is written to it at once, so that a killed run goes on where it was.
 
 `run.json` says which run it belongs to; a folder of another run is refused, with the difference. `blocks/` has one safetensors
-file per block and beside it what was reported about its layers. Files appear whole (written aside, synced, renamed).
+file per block and beside it what was reported about its layers. Files appear whole (written aside, synced, renamed). `lock` is
+there while a run is at work: a second one with the same folder is refused.
 """
 
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import TracebackType
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -16,13 +20,46 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, OutputError, SaveError
 from .events import LayerSolved
+from .lock import FileLock
 
 
-class Work:
-    """Open the work folder of the run that `key` describes (plain facts: model, plan, solver, data, seed, versions)."""
+class Work(AbstractContextManager["Work"]):
+    """A work folder, ours alone within the context (only the first of several ranks locks it). Raises ConfigError if it is in use."""
 
-    def __init__(self, folder: str | Path, key: Mapping[str, str]) -> None:
+    def __init__(self, folder: str | Path, *, lock: bool = True) -> None:
         self.folder = Path(folder)
+        self._lock = FileLock(self.folder / "lock") if lock else None
+        self._made: list[Path] = []  # folders that go again if nothing is left in them, the innermost first
+
+    def __enter__(self) -> "Work":
+        if self._lock is None:
+            return self
+        try:
+            self._made = [one for one in (self.folder, *self.folder.parents) if not one.exists()]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            ours = self._lock.take()
+        except OSError as error:
+            raise OutputError(f'work folder "{self.folder}" cannot be made or locked: {error.strerror}.') from error
+        if not ours:
+            raise ConfigError(
+                f'work folder "{self.folder}": another run is using it. Wait for that to end, or give a folder of its own (--work).'
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is None:
+            return
+        self._lock.release()
+        for folder in self._made:
+            try:
+                folder.rmdir()
+            except OSError:  # something is in it
+                break
+
+    def begin(self, key: Mapping[str, str]) -> None:
+        """The folder is of the run that `key` describes (plain facts: model, plan, solver, data, seed, versions), or ConfigError."""
         try:
             (self.folder / "blocks").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -38,6 +75,19 @@ class Work:
         if changed := sorted(name for name in {*before, *key} if before.get(name) != key.get(name)):
             details = "; ".join(f"{name}: {before.get(name)} then, {key.get(name)} now" for name in changed)
             raise ConfigError(f"{self.folder}: belongs to another run ({details}). Use another folder, or remove it.")
+
+    def clear(self) -> None:
+        """Remove what the engine made; the folder itself goes with the context, unless it holds anything else."""
+        shutil.rmtree(self.folder / "blocks", ignore_errors=True)
+        for file in (self.folder / "run.json", *self.folder.glob(".run.json.partial*")):
+            file.unlink(missing_ok=True)
+        if self.folder not in self._made:
+            self._made.insert(0, self.folder)
+
+    @property
+    def count(self) -> int:
+        """How many blocks are finished."""
+        return len(list((self.folder / "blocks").glob("*.json")))
 
     def path(self, block: str) -> Path:
         return self.folder / "blocks" / f"{block}.safetensors"

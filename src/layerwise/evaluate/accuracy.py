@@ -53,11 +53,18 @@ class MultipleChoice:
 
 
 def accuracy(
-    model: nn.Module, batches: Batches, *, against: nn.Module | None = None, progress: Progress | None = None
+    model: nn.Module,
+    batches: Batches,
+    *,
+    against: nn.Module | None = None,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
 ) -> Accuracy:
-    """Of a classifier on batches with `labels` (see `tasks.images`). Raises DataError without labels, ModelError for other outputs."""
+    """Of a classifier on batches with `labels` (see `tasks.images`); evaluated where it is, or on `device`.
+
+    Raises DataError without labels, ModelError for other outputs."""
     right = agree = examples = 0
-    with undisturbed([model] if against is None else [model, against]):
+    with undisturbed([model] if against is None else [model, against], device):
         for done, batch in enumerate(batches, start=1):
             if "labels" not in batch:
                 raise DataError(

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -28,6 +28,8 @@ CONTROLS = ("uniform", "random")  # every table has them: a method that does not
 
 class Method(Protocol):
     """What a comparison asks of a method."""
+
+    needs_data: ClassVar[bool]
 
     def plan(self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None) -> Plan:
         """Decide; the model stays as it is."""

@@ -105,7 +105,7 @@ class Collector:
         return list(unique.values())
 
     def _hook(self, module: nn.Module, layer: Layer) -> Any:
-        geometry = geometry_of(module, layer)
+        geometry = geometry_of(module)
 
         def before(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = args[0] if args else kwargs.get("input", kwargs.get("hidden_states"))

@@ -11,7 +11,7 @@ from ..structure import Layer
 Geometry = tuple[object, ...]  # two layers with one input tensor and equal geometry share their rows
 
 
-def geometry_of(module: nn.Module, layer: Layer) -> Geometry:
+def geometry_of(module: nn.Module) -> Geometry:
     """What, besides the input tensor, decides the rows: nothing for a linear, the window for a convolution."""
     if not isinstance(module, nn.modules.conv._ConvNd):
         return ()

@@ -10,14 +10,7 @@ from torch import Tensor
 from ..passes.statistics import InputStatistics, Need
 from ..plan import Prune
 from .base import Solved
-from .masking import (
-    Compare,
-    check_compare,
-    check_weights,
-    keep_by_score,
-    masked,
-    reference_keep_by_score,
-)
+from .masking import Compare, check_compare, check_weights, mask_all
 
 
 @dataclass(frozen=True)
@@ -43,5 +36,4 @@ class Magnitude:
     ) -> list[Solved]:
         """See `Solver.solve`. Raises ShapeError, or SolveError for weights that are not finite."""
         check_weights(weights, inputs)
-        keep = reference_keep_by_score if self.reference else keep_by_score
-        return [masked(w, keep(w.abs(), prune, self.compare), inputs) for w, prune in zip(weights, prunes, strict=True)]
+        return mask_all(weights, map(torch.abs, weights), prunes, inputs, self.compare, reference=self.reference)

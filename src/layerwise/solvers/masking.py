@@ -1,6 +1,6 @@
 """What the solvers that only choose a mask share: patterns, comparison groups, and what to do without data."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -52,6 +52,23 @@ def magnitude_solved(weight: Tensor, prune: Prune, compare: Compare, note: str |
     """Prune by |weight| alone."""
     keep = keep_by_score(weight.abs(), prune, compare)
     return masked(weight, keep, note=note)
+
+
+def mask_all(
+    weights: Sequence[Tensor],
+    scores: Iterable[Tensor],
+    prunes: Sequence[Prune],
+    inputs: InputStatistics | None,
+    compare: Compare = "layer",
+    *,
+    reference: bool = False,
+) -> list[Solved]:
+    """Each weight without its lowest scores; `reference`: by the counts and ties of the official code. scores: made as they are used."""
+    keep = reference_keep_by_score if reference else keep_by_score
+    return [
+        masked(weight, keep(score, prune, compare), inputs)
+        for weight, score, prune in zip(weights, scores, prunes, strict=True)
+    ]
 
 
 def masked(weight: Tensor, keep: Tensor, inputs: InputStatistics | None = None, note: str | None = None) -> Solved:

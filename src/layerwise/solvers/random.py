@@ -10,7 +10,7 @@ from torch import Tensor
 from ..passes.statistics import InputStatistics, Need
 from ..plan import Prune
 from .base import Solved
-from .masking import check_weights, keep_by_score, masked
+from .masking import check_weights, mask_all
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,5 @@ class Random:
     ) -> list[Solved]:
         """See `Solver.solve`. Raises ShapeError, or SolveError for weights that are not finite."""
         check_weights(weights, inputs)
-        solved = []
-        for weight, prune, generator in zip(weights, prunes, generators, strict=True):
-            scores = torch.rand(weight.shape, generator=generator).to(weight.device)
-            solved.append(masked(weight, keep_by_score(scores, prune, "layer"), inputs))
-        return solved
+        scores = (torch.rand(w.shape, generator=g).to(w.device) for w, g in zip(weights, generators, strict=True))
+        return mask_all(weights, scores, prunes, inputs)

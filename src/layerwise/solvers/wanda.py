@@ -17,16 +17,7 @@ from ..errors import ConfigError
 from ..passes.statistics import InputStatistics, Need
 from ..plan import Prune
 from .base import Solved
-from .masking import (
-    Compare,
-    check_compare,
-    check_weights,
-    keep_by_score,
-    magnitude_solved,
-    masked,
-    reference_keep_by_score,
-    why_blind,
-)
+from .masking import Compare, check_compare, check_weights, magnitude_solved, mask_all, why_blind
 
 
 @dataclass(frozen=True)
@@ -59,8 +50,5 @@ class Wanda:
         norms = inputs.squares.sqrt()
         if not self.reference:  # inputs that were always zero rank below all others, by magnitude among themselves
             norms = norms.clamp_min(norms.max() * 1e-20)
-        keep = reference_keep_by_score if self.reference else keep_by_score
-        return [
-            masked(w, keep(w.abs() * norms, prune, self.compare), inputs)
-            for w, prune in zip(weights, prunes, strict=True)
-        ]
+        scores = (w.abs() * norms for w in weights)
+        return mask_all(weights, scores, prunes, inputs, self.compare, reference=self.reference)

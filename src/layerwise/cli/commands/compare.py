@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.markup import escape
 
 from .. import options
+from ..given import refuse
 from ..inputs import DataChoice, ModelChoice, environment_line, protocol_line
 from ..screen import Screen
 from ..settings import MethodChoice, device_of, propagate_of, solver_of
@@ -20,72 +21,29 @@ if TYPE_CHECKING:
 
 
 def compare(
+    context: typer.Context,
     model: options.Model,
     include: options.Include = None,
     exclude: options.Exclude = None,
-    methods: Annotated[
-        str,
-        typer.Option(
-            metavar="A,B,…", help="Methods beside the controls uniform and random.", rich_help_panel=options.HOW
-        ),
-    ] = "erk,owl",
-    sparsity: Annotated[str, typer.Option(metavar="S,T,…", help="Budgets.", rich_help_panel=options.HOW)] = "0.5",
-    seeds: Annotated[
-        int,
-        typer.Option(
-            metavar="N", min=1, help="Draws of calibration data and of random plans.", rich_help_panel=options.HOW
-        ),
-    ] = 1,
+    methods: options.Methods = "erk,owl",
+    sparsity: options.Sparsities = "0.5",
+    seeds: options.Seeds = 1,
     pattern: options.Pattern = None,
     set_: options.Set = None,
-    solver: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B,…",
-            help="Solvers: magnitude, random, wanda, sparsegpt.  [dim]default: wanda[/]",
-            rich_help_panel=options.HOW,
-            show_default=False,
-        ),
-    ] = None,
+    solver: options.Solvers = None,
     solver_set: options.SolverSet = None,
     propagate: options.Propagate = "compressed",
     data: options.Data = None,
-    held_out: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DATA",
-            help="Text to measure on.  [dim]default: the calibration source; python-docs holds modules back[/]",
-            rich_help_panel=options.DATA,
-            show_default=False,
-        ),
-    ] = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Only the first so many tokens of that text.",
-            rich_help_panel=options.DATA,
-            show_default=False,
-        ),
-    ] = None,
+    held_out: options.HeldOut = None,
+    tokens: options.Tokens = None,
     samples: options.Samples = 128,
     length: options.Length = None,
-    batch: options.Batch = 1,
+    batch: options.Batch = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     remote_code: options.RemoteCode = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="Also write the table as .md or .html.",
-            rich_help_panel=options.OUTPUT,
-            show_default=False,
-        ),
-    ] = None,
+    output: options.TableOut = None,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -101,14 +59,22 @@ def compare(
     from ...evaluate.compare import cells
 
     screen = Screen(json=json, quiet=quiet)
+    if output is None:
+        refuse(context, "without --output there is nothing to replace", "force")
     _check_output(output, force)
     choice = ModelChoice(model, dtype, tuple(include or ()), tuple(exclude or ()), remote_code)
     recipes = _recipes(methods, sparsity, range(seed, seed + seeds), pattern, set_ or (), solver, solver_set or ())
+    if all(one.solver.needs == "none" for one in recipes):
+        refuse(context, "since every solver here looks at weights alone", "propagate")
+        if not any(one.method.needs_data for one in recipes):
+            unused = ("samples", "data") if held_out else ("samples",)  # of --data the measured text is read otherwise
+            refuse(context, "since every method and solver here looks at weights alone", *unused)
     if all(recipe.name != "random" for recipe in recipes):
         screen.say(f"note: no random control: with --pattern {pattern} there is nothing to draw.", style="yellow")
     where = device_of(device)
     settings = Settings(propagate_of(propagate), None if where.type == "cpu" else where)
     _ = choice.bytes  # a damaged file shows before anything slow
+    choice.check_perplexity()
     source = DataChoice(data, samples, length, batch, seed)
     if held_out in (None, data) and source.where(choice) != "python-docs":
         screen.say(

@@ -1,14 +1,14 @@
 """`layerwise compress`: plan (or take a plan), prune block by block, save, check what was saved."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.markup import escape
 
 from .. import options
+from ..given import CALIBRATION, SHARING, refuse
 from ..inputs import DataChoice, ModelChoice, protocol_line
 from ..planning import make_plan, with_facts
 from ..running import bar_of, show_notes, work_folder
@@ -18,7 +18,7 @@ from ..settings import MethodChoice, device_of, propagate_of, solver_of
 if TYPE_CHECKING:
     from torch import nn
 
-    from ...engine import Result, Settings
+    from ...engine import Result, Settings, Work
     from ...io import Saved
     from ...plan import Plan
     from ...solvers import Solver
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 def compress(
+    context: typer.Context,
     model: options.Model,
     *,
     include: options.Include = None,
@@ -36,42 +37,19 @@ def compress(
     set_: options.Set = None,
     min_sparsity: options.MinSparsity = None,
     max_sparsity: options.MaxSparsity = None,
-    plan: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Apply this plan instead of making one.",
-            rich_help_panel=options.HOW,
-            show_default=False,
-        ),
-    ] = None,
+    plan: options.Apply = None,
     solver: options.Solver = None,
     solver_set: options.SolverSet = None,
     propagate: options.Propagate = "compressed",
     data: options.Data = None,
     samples: options.Samples = 128,
     length: options.Length = None,
-    batch: options.Batch = 1,
+    batch: options.Batch = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
-    stream: Annotated[
-        bool,
-        typer.Option(
-            "--stream",
-            help="Read each block from disk for its turn: for models larger than memory.",
-            rich_help_panel=options.RUN,
-        ),
-    ] = False,
-    work: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Finished blocks, to go on from after a kill.  [dim]default: OUTPUT.work[/]",
-            rich_help_panel=options.RUN,
-            show_default=False,
-        ),
-    ] = None,
+    stream: options.Stream = False,
+    work: options.Work = None,
     remote_code: options.RemoteCode = False,
     output: options.Out,
     force: options.Force = False,
@@ -85,14 +63,20 @@ def compress(
     [dim]2 of every 4:[/]  layerwise compress MODEL --pattern 2:4 --data text.jsonl -o out
     [dim]Several processes:[/]  torchrun --nproc-per-node 2 -m layerwise compress demo -o out
     """
-    from ...engine import Ranks, Settings
+    from ...engine import Ranks, Settings, Work
     from ...io import check_output
     from ...plan import Plan
 
     screen = Screen(json=json, quiet=quiet)
-    choice = ModelChoice(model, dtype, tuple(include or ()), tuple(exclude or ()), remote_code)
+    chosen_globs = (
+        (tuple(include or ()), tuple(exclude or ())) if plan is None else (("*",), ())
+    )  # a plan names its layers itself
+    choice = ModelChoice(model, dtype, *chosen_globs, remote_code)
     asked = MethodChoice(method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()))
-    _refuse_both(plan, asked)
+    if plan is not None:
+        refuse(context, "the plan says which layers are pruned and how much (--plan)", *SHARING)
+    if stream:
+        refuse(context, "streamed models are built by transformers' own classes (--stream)", "remote_code")
     given = Plan.load(plan) if plan is not None else None
     built = None if given is not None else asked.build(seed=seed)
     chosen = solver_of(solver, solver_set or (), given.solver if given is not None else None)
@@ -100,23 +84,27 @@ def compress(
     ranks = Ranks.join(where)
     check_output(output, force=force, needed=2 * choice.bytes)  # the finished blocks, and the folder made from them
     folder = work or output.with_name(f"{output.name}.work")
-    settings = Settings(propagate_of(propagate), None if where.type == "cpu" else where, str(folder), seed)
+    if chosen.needs == "none":
+        refuse(context, f"since solver {chosen.name} looks at weights alone", "propagate")
     drawn = None
-    if chosen.needs != "none" or (built is not None and built.needs_data):
-        drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen)
-    loaded = choice.load(screen, stream=stream, device=where)
-    structure = choice.structure(loaded)
-    if given is not None:
-        final = with_facts(given, choice, structure, chosen) if given.model is None else _with_solver(given, chosen)
+    if chosen.needs == "none" and not (built is not None and built.needs_data):
+        who = f"solver {chosen.name}" if built is None else f"method {built.name} and solver {chosen.name}"
+        refuse(context, f"since {who} look{'s' if built is None else ''} at weights alone", *CALIBRATION)
     else:
-        final = make_plan(built, choice, loaded, structure, drawn, screen, chosen)
-        final = Plan.model_validate(ranks.share_object(final.to_dict(), 0))  # the last bit of a score may differ
-    job = _Job(choice, loaded, final, chosen, drawn, settings, stream)
-    with work_folder(folder) if ranks.rank == 0 else nullcontext():
+        drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen)
+    with work_folder(folder) if ranks.rank == 0 else Work(folder, lock=False) as held:
+        settings = Settings(propagate_of(propagate), None if where.type == "cpu" else where, held, seed)
+        loaded = choice.load(screen, stream=stream, device=where)
+        structure = choice.structure(loaded)
+        if given is not None:
+            final = with_facts(given, choice, structure, chosen) if given.model is None else _with_solver(given, chosen)
+        else:
+            final = make_plan(built, choice, loaded, structure, drawn, screen, chosen)
+            final = Plan.model_validate(ranks.share_object(final.to_dict(), 0))  # the last bit of a score may differ
+        job = _Job(choice, loaded, final, chosen, drawn, settings, held, stream)
         result = job.run(screen)
-        if ranks.rank == 0:
-            saved = job.save(output, force, result, screen)
-    if ranks.rank == 0:
+        saved = job.save(output, force, result, screen) if ranks.rank == 0 else None
+    if saved is not None:
         _show(job, result, saved, screen)
 
 
@@ -130,6 +118,7 @@ class _Job:
     solver: "Solver"
     data: "Batches | None"
     settings: "Settings"
+    work: "Work"
     stream: bool
 
     def run(self, screen: Screen) -> "Result":
@@ -143,7 +132,7 @@ class _Job:
                 solver=self.solver,
                 data=self.data,
                 settings=self.settings,
-                progress=bar_of(step, screen, Path(self.settings.work or "")),
+                progress=bar_of(step, screen, self.work),
             )
 
     def save(self, output: Path, force: bool, result: "Result", screen: Screen) -> "Saved":
@@ -170,15 +159,6 @@ class _Job:
                 force=force,
                 dense=self.choice.folder,
             )
-
-
-def _refuse_both(plan: Path | None, asked: MethodChoice) -> None:
-    from ...errors import ConfigError
-
-    if plan is not None and asked != MethodChoice():
-        raise ConfigError(
-            "--plan says how sparse each layer gets; leave --method, --sparsity, --pattern and --set out."
-        )
 
 
 def _with_solver(plan: "Plan", solver: "Solver") -> "Plan":

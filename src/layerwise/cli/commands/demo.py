@@ -3,9 +3,8 @@
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.markup import escape
 from rich.table import Table
 
@@ -30,25 +29,14 @@ WRITTEN, PENALTY = 48, 1.15  # tokens of the continuation; so small a model repe
 
 
 def demo(
-    sparsity: Annotated[
-        float, typer.Option(metavar="S", help="Fraction of the weights set to zero.", rich_help_panel=options.HOW)
-    ] = 0.6,
-    samples: Annotated[int, typer.Option(metavar="N", help="Calibration windows.", rich_help_panel=options.DATA)] = 32,
-    tokens: Annotated[
-        int, typer.Option(metavar="N", help="Held-out tokens that are scored.", rich_help_panel=options.DATA)
-    ] = 16_384,
-    model: Annotated[
-        str, typer.Option(metavar="MODEL", help="Another language model.", rich_help_panel=options.WHAT)
-    ] = "demo",
+    sparsity: options.OneSparsity = 0.6,
+    samples: options.Samples = 32,
+    tokens: options.ScoredTokens = 16_384,
+    model: options.OtherModel = "demo",
     data: options.Data = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", metavar="FOLDER", help="Where the best model goes.", rich_help_panel=options.OUTPUT
-        ),
-    ] = Path("layerwise-demo"),
+    output: options.DemoOut = Path("layerwise-demo"),
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -68,6 +56,7 @@ def demo(
     where = device_of(device)
     choice = ModelChoice(model, "float32")
     check_output(output, force=force, needed=choice.bytes)
+    choice.check_perplexity()
     source = DataChoice(data or "python-docs", samples, min(512, choice.length(None)), seed=seed)
     drawn, windows = source.draw(choice, screen), source.read(choice, screen, tokens)
     loaded = choice.load(screen, device=where)

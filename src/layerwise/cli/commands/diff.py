@@ -1,17 +1,14 @@
 """`layerwise diff`: what two plans differ in."""
 
-from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from .. import options
 from ..screen import Screen, table
 
 
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="A", help="A plan (YAML or JSON).", show_default=False)],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another.", show_default=False)],
+    first: options.FirstPlan,
+    second: options.SecondPlan,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:

@@ -1,13 +1,14 @@
 """`layerwise evaluate`: what a compressed model lost, beside the dense one."""
 
 import math
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.markup import escape
 
-from ...errors import ConfigError, ModelError
+from ...errors import ConfigError
 from .. import options
+from ..given import refuse
 from ..inputs import DataChoice, ModelChoice, environment_line, hash_line, protocol_line
 from ..screen import Screen, table
 from ..settings import convention_of, device_of
@@ -25,72 +26,18 @@ TIMES = ("prefill ms", "ms/token", "KV bytes")
 
 
 def evaluate(
+    context: typer.Context,
     model: options.Model,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="The dense model, for divergence and agreement.",
-            rich_help_panel=options.HOW,
-            show_default=False,
-        ),
-    ] = None,
+    against: options.Against = None,
     data: options.Data = None,
     length: options.Length = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Only the first so many tokens of the text.",
-            rich_help_panel=options.DATA,
-            show_default=False,
-        ),
-    ] = None,
-    bos: Annotated[
-        bool,
-        typer.Option(
-            "--bos-every-window",
-            help="Put the BOS token in front of every window, as some models need (Gemma).",
-            rich_help_panel=options.DATA,
-        ),
-    ] = False,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B,…",
-            help="Instead of a text: tasks of lm-evaluation-harness, by name (needs the hub) or as .yaml files of your own,"
-            " which may work offline (see examples/lm_eval). Needs layerwise\\[eval].",
-            rich_help_panel=options.DATA,
-            show_default=False,
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Only the first so many documents of each task.",
-            rich_help_panel=options.DATA,
-            show_default=False,
-        ),
-    ] = None,
-    convention: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="Of perplexity: standard, wanda (windows of the whole context) or all (the short last window counts).",
-            rich_help_panel=options.HOW,
-        ),
-    ] = "standard",
-    latency: Annotated[
-        bool,
-        typer.Option(
-            "--latency",
-            help="Also time prefill and decoding, and count the bytes of the KV cache.",
-            rich_help_panel=options.HOW,
-        ),
-    ] = False,
-    batch: options.Batch = 1,
+    tokens: options.Tokens = None,
+    bos: options.Bos = False,
+    tasks: options.Tasks = None,
+    limit: options.Limit = None,
+    convention: options.Convention = "standard",
+    latency: options.Latency = False,
+    batch: options.Batch = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     remote_code: options.RemoteCode = False,
@@ -106,33 +53,22 @@ def evaluate(
     """
     screen = Screen(json=json, quiet=quiet)
     where, known = device_of(device), convention_of(convention)
-    texts = [
-        ("--tokens", tokens),
-        ("--bos-every-window", bos),
-        ("--convention", known != "standard"),
-        ("--latency", latency),
-    ]
-    beside = [option for option, given in texts if given]
-    if tasks is not None and (data or beside):
-        raise ConfigError(
-            f"{'--data' if data else beside[0]} goes with a text, and --tasks bring their own: give one or the other."
-        )
-    if tasks is None and limit is not None:
+    of_text = ("tokens", "bos", "convention", "latency")
+    if tasks is not None:
+        refuse(context, "since --tasks bring their own text", "data", *of_text)
+    elif limit is not None:
         raise ConfigError("--limit goes with --tasks; of a text, --tokens N takes the first N tokens.")
     choices = {"model": ModelChoice(model, dtype, remote_code=remote_code)}
     if against is not None:
         choices["dense"] = ModelChoice(against, dtype, remote_code=remote_code)
+    if choices["model"].sees:
+        refuse(context, "since an image classifier is judged by its accuracy", "length", *of_text)
     for choice in choices.values():
         _ = choice.bytes  # a damaged file shows before anything is loaded
-        if not choice.sees and choice.kind not in ("AutoModelForCausalLM", "AutoModelForImageTextToText"):
-            raise ModelError(
-                f'model "{choice.name}" is of {choice.kind}: this command judges causal language models (perplexity) and image'
-                " classifiers (accuracy). Measure it with its own task in Python."
-            )
-        if choice.sees and beside:
-            raise ConfigError(f'{beside[0]} goes with a text, and model "{choice.name}" takes images: leave it out.')
+        if not choice.sees:
+            choice.check_perplexity()
     if tasks is not None:
-        zero_shot(choices, tasks, screen, limit=limit, batch=batch, length=length, device=where)
+        zero_shot(choices, tasks, screen, limit=limit, batch=batch or 1, length=length, device=where)
         return
     source = data or ("python-docs" if "demo" in (model, against) else None)
     windows = DataChoice(source, length=length, batch=batch, bos=bos).read(
@@ -140,7 +76,7 @@ def evaluate(
     )
     models = {name: choice.load(screen) for name, choice in choices.items()}
     if choices["model"].sees:
-        _classifier(choices, models, windows, screen)
+        _classifier(choices, models, windows, where, screen)
     else:
         _language(choices, models, windows, screen, known, where, latency)
 
@@ -198,14 +134,18 @@ def _language(
 
 
 def _classifier(
-    choices: "dict[str, ModelChoice]", models: "dict[str, nn.Module]", pictures: "Batches", screen: Screen
+    choices: "dict[str, ModelChoice]",
+    models: "dict[str, nn.Module]",
+    pictures: "Batches",
+    device: "torch.device",
+    screen: Screen,
 ) -> None:
     """Accuracy instead of perplexity, agreement with the dense model's choice instead of divergence."""
     from ...evaluate import accuracy, count_zeros
 
     with screen.task("Evaluating") as step:
-        found = accuracy(models["model"], pictures, against=models.get("dense"), progress=step)
-        dense = accuracy(models["dense"], pictures) if "dense" in models else None
+        found = accuracy(models["model"], pictures, against=models.get("dense"), device=device, progress=step)
+        dense = accuracy(models["dense"], pictures, device=device) if "dense" in models else None
     files = {name: count_zeros(choice.folder) for name, choice in choices.items()}
     rows = table("", "accuracy", "same choice", "zeros", "bytes")
     figures = {"model": (found.top1, found.agreement), "dense": (dense.top1 if dense else 0.0, 1.0)}

@@ -1,7 +1,7 @@
 """`layerwise inspect`: what a model is made of."""
 
 from collections import Counter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
@@ -10,6 +10,7 @@ from rich.text import Text
 from ...errors import ConfigError
 from ...settings import nearest
 from .. import options
+from ..given import CALIBRATION, refuse
 from ..inputs import DataChoice, ModelChoice, protocol_line
 from ..screen import Screen, table
 
@@ -20,21 +21,16 @@ if TYPE_CHECKING:
 
 
 def inspect(
+    context: typer.Context,
     model: options.Model,
-    layers: Annotated[bool, typer.Option("--layers", help="One line per layer instead of one per role.")] = False,
-    score: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SCORE",
-            help="Show this score of every block: outlier-ratio or block-influence. Reads data.",
-            show_default=False,
-        ),
-    ] = None,
+    layers: options.Layers = False,
+    score: options.Score = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
     data: options.Data = None,
     samples: options.Samples = 32,
     length: options.Length = None,
+    batch: options.Batch = None,
     seed: options.Seed = 0,
     remote_code: options.RemoteCode = False,
     json: options.Json = False,
@@ -50,9 +46,11 @@ def inspect(
 
     if score is not None and score not in SCORES:
         raise ConfigError(f'unknown score "{score}".{nearest(score, SCORES)} Scores: {", ".join(SCORES)}.')
+    if score is None:
+        refuse(context, "without --score nothing is measured", *CALIBRATION, "seed")
     screen = Screen(json=json, quiet=quiet)
     choice = ModelChoice(model, include=tuple(include or ()), exclude=tuple(exclude or ()), remote_code=remote_code)
-    drawn = DataChoice(data, samples, length, 1, seed).draw(choice, screen) if score else None
+    drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen) if score else None
     loaded = choice.load(screen)
     structure = choice.structure(loaded)
     scores: dict[str, float] = {}

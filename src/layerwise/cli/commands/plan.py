@@ -1,13 +1,13 @@
 """`layerwise plan`: decide, write the decision down, change nothing."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
 from rich.text import Text
 
 from .. import options
+from ..given import CALIBRATION, SHARING, refuse
 from ..inputs import DataChoice, ModelChoice
 from ..planning import make_plan
 from ..screen import Screen, table
@@ -21,6 +21,7 @@ MOST_BARS = 48  # a model of more blocks than this gets no chart in the terminal
 
 
 def plan(
+    context: typer.Context,
     model: options.Model,
     include: options.Include = None,
     exclude: options.Exclude = None,
@@ -30,50 +31,17 @@ def plan(
     set_: options.Set = None,
     min_sparsity: options.MinSparsity = None,
     max_sparsity: options.MaxSparsity = None,
-    edit: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PLAN",
-            help="Start from this plan instead of a method.",
-            rich_help_panel=options.HOW,
-            show_default=False,
-        ),
-    ] = None,
-    rebalance: Annotated[
-        bool,
-        typer.Option(
-            "--rebalance",
-            help="With --edit: shift the layers evenly until they meet the plan's budget.",
-            rich_help_panel=options.HOW,
-        ),
-    ] = False,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="GLOB",
-            help="With --rebalance: these layers stay as they are (repeatable).",
-            rich_help_panel=options.HOW,
-            show_default=False,
-        ),
-    ] = None,
+    edit: options.Edit = None,
+    rebalance: options.Rebalance = False,
+    keep: options.Keep = None,
     data: options.Data = None,
     samples: options.Samples = 128,
     length: options.Length = None,
-    batch: options.Batch = 1,
+    batch: options.Batch = None,
     seed: options.Seed = 0,
     dtype: options.Dtype = "auto",
     remote_code: options.RemoteCode = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="plan.yaml, or .json.",
-            rich_help_panel=options.OUTPUT,
-            show_default=False,
-        ),
-    ] = None,
+    output: options.PlanOut = None,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -84,19 +52,26 @@ def plan(
     [dim]Example:[/]  layerwise plan demo --method erk --sparsity 0.6 -o plan.yaml
     [dim]After edits by hand:[/]  layerwise plan demo --edit plan.yaml --rebalance --keep '*.down_proj' -o plan2.yaml
     """
-    from ...errors import ConfigError, OutputError
+    from ...errors import OutputError
     from ...plan import Plan
 
     screen = Screen(json=json, quiet=quiet)
     if output is not None and output.exists() and not force:
         raise OutputError(f'output "{output}" exists already. Give another name, or replace it: --force.')
-    if (rebalance or keep) and edit is None:
-        raise ConfigError("--rebalance and --keep go with --edit PLAN.")
-    choice = ModelChoice(model, dtype, tuple(include or ()), tuple(exclude or ()), remote_code)
+    if output is None:
+        refuse(context, "without --output there is nothing to replace", "force")
+    if edit is None:
+        refuse(context, "without --edit PLAN there is nothing to shift", "rebalance", "keep")
+    else:
+        refuse(context, "since --edit starts from a plan: change its file", *SHARING, *CALIBRATION, "seed")
+    if not rebalance:
+        refuse(context, "without --rebalance every layer stays as it is", "keep")
+    chosen_globs = (
+        (tuple(include or ()), tuple(exclude or ())) if edit is None else (("*",), ())
+    )  # a plan names its layers itself
+    choice = ModelChoice(model, dtype, *chosen_globs, remote_code)
     chosen = MethodChoice(method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()))
     if edit is not None:
-        if method is not None or sparsity is not None:
-            raise ConfigError("--edit starts from a plan; leave --method and --sparsity out, and edit the file.")
         made = Plan.load(edit)
         structure = choice.structure(choice.load(screen))
         if rebalance:
@@ -106,7 +81,9 @@ def plan(
     else:
         built = chosen.build(seed=seed)
         drawn = None
-        if built.needs_data:
+        if not built.needs_data:
+            refuse(context, f"since method {built.name} looks at weights alone", *CALIBRATION)
+        else:
             drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen)
         loaded = choice.load(screen)
         structure = choice.structure(loaded)
