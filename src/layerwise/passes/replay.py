@@ -88,15 +88,18 @@ class Replays(AbstractContextManager["Replays"]):
         leaves: list[tuple[str, int, Tensor]] = []
         loss = self._run(recording, partial(self._cut, recording.outputs, leaves), grad=True)
         recording.loss = float(loss.detach())
+        slopes: Sequence[Tensor | None] = ()
         if leaves and loss.requires_grad:
             try:
                 slopes = torch.autograd.grad(loss, [leaf for *_, leaf in leaves], allow_unused=True)
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 raise WalkError(f'no gradient behind the last block ({reason}): use tail="exact".') from error
-            for (name, place, _), slope in zip(leaves, slopes, strict=True):
-                if slope is not None:
-                    recording.slopes.setdefault(name, []).append((place, slope.detach()))
+        for (name, place, _), slope in zip(leaves, slopes, strict=False):
+            if slope is not None:
+                recording.slopes.setdefault(name, []).append((place, slope.detach()))
+        if not recording.slopes:
+            raise WalkError(f'batch {index}: no gradient of the loss reaches what a block gives: use tail="exact".')
         recording.outputs = tree_map_only(Tensor, Tensor.detach, recording.outputs)
         return recording
 

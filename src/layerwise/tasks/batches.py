@@ -42,6 +42,20 @@ class Batches(Sequence[Batch]):
         return digest.hexdigest()[:16]
 
 
+def first_samples(data: Sequence[Batch], samples: int | None) -> list[Batch]:
+    """The first batches that hold at least `samples` samples together, or all of them; a sample is a row of a batch."""
+    chosen: list[Batch] = []
+    for batch in data:
+        if samples is not None and sum(_rows(one) for one in chosen) >= samples:
+            break
+        chosen.append(batch)
+    return chosen
+
+
+def _rows(batch: Batch) -> int:
+    return next((int(value.shape[0]) for value in batch.values() if value.ndim), 1)
+
+
 def call(model: nn.Module, batch: Batch) -> object:
     """One forward pass of the real model, KV cache off where the model knows the word. Tensors go to `model`'s device.
 
