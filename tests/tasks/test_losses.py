@@ -174,7 +174,7 @@ def test_t5_without_labels_is_refused():
 @pytest.mark.parametrize("name", ["flux", "dit"])
 def test_a_model_without_a_loss_is_refused(name):
     model = MODELS[name]()
-    with pytest.raises(ModelError, match=rf"{type(model).__name__} yields no loss that is known: it gives sample"):
+    with pytest.raises(ModelError, match=rf"{type(model).__name__} has no loss that is known: it gives sample"):
         loss_of(model, inputs_for(name, model))
 
 
@@ -185,6 +185,38 @@ def test_nothing_to_predict_and_labels_of_another_shape_are_refused():
         loss_of(model, {"input_ids": ids, "attention_mask": torch.zeros(1, 4, dtype=torch.long)})
     with pytest.raises(DataError, match="one label per prediction"):
         loss_of(model, {"input_ids": ids, "labels": ids[:, :2]})
+
+
+def test_labels_beyond_the_classes_are_refused():
+    model = MODELS["vit"]()  # of two classes
+    batch = inputs_for("vit", model)
+    with pytest.raises(DataError, match="labels run from 1 to 7; the model knows 2 classes"):
+        loss_of(model, batch | {"labels": torch.tensor([1, 7])})
+    with pytest.raises(DataError, match="labels run from -1 to 1"):
+        loss_of(model, batch | {"labels": torch.tensor([1, -1])})
+
+
+def test_a_plain_module_over_tokens_is_a_causal_language_model():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
+
+        def forward(self, input_ids):
+            return self.head(self.embed(input_ids))
+
+    with torch.random.fork_rng(devices=[]):
+        model = Plain()
+    ids = torch.tensor([[1, 5, 3], [2, 2, 8]])
+    assert float(loss_of(model, {"input_ids": ids})) == pytest.approx(by_hand(model(ids)[:, :-1], ids[:, 1:]), rel=1e-5)
+
+
+def test_a_forward_that_insists_on_labels_gets_them():
+    class Insists(nn.Module):
+        def forward(self, x, labels):
+            return {"loss": (x - labels).square().mean()}
+
+    assert float(loss_of(Insists(), {"x": torch.tensor([1.0, 2.0]), "labels": torch.tensor([1, 0])})) == 2
 
 
 def test_one_pair_alone_is_no_contrast():

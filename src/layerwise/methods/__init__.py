@@ -4,6 +4,7 @@ from typing import Any
 
 from ..settings import build
 from .base import Method
+from .ecoflap import ECoFLaP
 from .erdos_renyi import ER, ERK, ERKPlus
 from .owl import OWL
 from .random_ratios import RandomRatios
@@ -15,6 +16,7 @@ __all__ = [
     "ERK",
     "METHODS",
     "OWL",
+    "ECoFLaP",
     "ERKPlus",
     "Method",
     "RandomRatios",
@@ -30,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "erk": ERK,
     "erk-plus": ERKPlus,
     "owl": OWL,
+    "ecoflap": ECoFLaP,
     "random": RandomRatios,
 }
 

@@ -12,6 +12,7 @@ Padding and image tokens are never predicted.
 Logits become float32 first. The model's own loss comes last: some are computed in the dtype of the weights.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,18 +30,16 @@ IGNORED = -100  # a label that does not count, as in torch and transformers
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     """Mean loss of one batch in nats, a float32 scalar; see the table above. Gradients and mode are the caller's.
 
-    Raises DataError if the batch lacks labels that this model needs, or has nothing to predict; ModelError if the model's output is none
-    that a loss is known for.
+    A plain module that gives logits for every one of its `input_ids` is taken for a causal language model.
+    Raises DataError if the batch lacks labels that this model needs, or labels do not fit; ModelError if the model's output is none that a
+    loss is known for.
     """
-    writes, encodes = _generates(model), _encodes(model)
+    writes, encodes = _generates(model, batch), _encodes(model)
     labels = batch.get("labels")
-    given = dict(batch)
     if writes and encodes and labels is None and "decoder_input_ids" not in batch:
         raise DataError(_lacks(model, batch, "labels", "which token ids the decoder writes"))
-    if writes and (not encodes or "decoder_input_ids" in batch):
-        given.pop("labels", None)  # else the model computes its own loss, too
-    output = call(model, given)
-    fields = output if isinstance(output, Mapping) else {"logits": output} if isinstance(output, Tensor) else {}
+    asks = writes and encodes and "decoder_input_ids" not in batch  # it makes them from the labels
+    fields = _fields(model, batch if asks or _insists(model) else {**batch, "labels": None})
     if isinstance(similar := fields.get("logits_per_image"), Tensor):
         return _contrastive(similar)
     logits = fields.get("logits")
@@ -51,6 +50,12 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
             raise DataError(_lacks(model, batch, "labels", "the class of each sample"))
         return _mean(logits, labels)
     return _own(model, batch, fields)
+
+
+def _fields(model: nn.Module, batch: Mapping[str, Tensor | None]) -> Mapping[str, Any]:
+    """What the model gives, by name. Labels that are None are not handed over: with them it would compute its own loss, too."""
+    output = call(model, {name: value for name, value in batch.items() if value is not None})
+    return output if isinstance(output, Mapping) else {"logits": output} if isinstance(output, Tensor) else {}
 
 
 def _causal(model: nn.Module, batch: Batch) -> Tensor:
@@ -88,9 +93,13 @@ def _mean(logits: Tensor, labels: Tensor) -> Tensor:
         raise DataError(
             f"labels of shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)}: give one label per prediction."
         )
-    if not bool((labels != IGNORED).any()):
+    counted = labels[labels != IGNORED]
+    if not len(counted):
         raise DataError("a batch has nothing to predict: all its labels are padding, images, or the first token.")
-    # the mask is the batch's, so it may lie elsewhere than the model
+    low, high = int(counted.min()), int(counted.max())
+    if low < 0 or high >= logits.shape[-1]:
+        raise DataError(f"labels run from {low} to {high}; the model knows {logits.shape[-1]} classes.")
+    # the labels are the batch's, so they may lie elsewhere than the model
     return cross_entropy(logits.float().flatten(0, -2), labels.to(logits.device).flatten(), ignore_index=IGNORED)
 
 
@@ -106,15 +115,17 @@ def _contrastive(per_image: Tensor) -> Tensor:
 
 
 def _own(model: nn.Module, batch: Batch, fields: Mapping[str, Any]) -> Tensor:
-    """The loss that the model computes itself."""
+    """The loss that the model computes itself, asked for anew if it was not given its labels."""
     loss = fields.get("loss")
+    if loss is None and "labels" in batch:
+        loss = _fields(model, batch).get("loss")
     if isinstance(loss, Tensor) and loss.numel() == 1:
         return loss.float().reshape(())
     if "labels" not in batch and "logits" in fields:
-        raise DataError(_lacks(model, batch, "labels", f"{type(model).__name__} knows no loss without them"))
+        raise DataError(_lacks(model, batch, "labels", "it computes its own loss from them"))
     given = ", ".join(fields) or "an output without names"
     raise ModelError(
-        f"{type(model).__name__} yields no loss that is known: it gives {given}. Wrap it in a module whose forward returns"
+        f"{type(model).__name__} has no loss that is known: it gives {given}. Wrap it in a module whose forward returns"
         ' {"loss": ...}, or use a method that needs no loss.'
     )
 
@@ -131,10 +142,16 @@ def _are_classes(labels: Tensor, logits: Tensor) -> bool:
     return not labels.is_floating_point() and labels.ndim == 1 and logits.shape[1] > 1
 
 
-def _generates(model: nn.Module) -> bool:
-    """Whether it writes text: transformers models say so, and then position t predicts token t + 1."""
+def _generates(model: nn.Module, batch: Batch) -> bool:
+    """Whether it writes text, so that position t predicts token t + 1: transformers models say so themselves."""
     can = getattr(model, "can_generate", None)
-    return bool(can()) if callable(can) else False
+    return bool(can()) if callable(can) else "input_ids" in batch
+
+
+def _insists(model: nn.Module) -> bool:
+    """Whether its forward cannot do without labels."""
+    labels = inspect.signature(model.forward).parameters.get("labels")
+    return labels is not None and labels.default is labels.empty
 
 
 def _encodes(model: nn.Module) -> bool:

@@ -26,7 +26,7 @@ def inspect(
         str | None,
         typer.Option(
             metavar="SCORE",
-            help="Show this score of every block: outlier-ratio or block-influence. Reads data.",
+            help="Show this score of every block: outlier-ratio, block-influence, zeroth-order or first-order. Reads data.",
             show_default=False,
         ),
     ] = None,
