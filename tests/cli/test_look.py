@@ -98,7 +98,7 @@ def test_plan_shows_the_notes_of_the_method(here, capsys, monkeypatch):
         return {layer.name: 0.0 for layer in structure}
 
     monkeypatch.setattr("layerwise.methods.ecoflap.zeroth_order_gradient", nothing)
-    words = "plan model --method ecoflap --data text.txt --samples 2 --length 16".split()
+    words = "plan model --method ecoflap --set samples=2 --data text.txt --samples 2 --length 16".split()
     assert main(words) == 0
     assert "note: all 3 scores are 0, which says nothing: uniform." in capsys.readouterr().err
     assert as_json(capsys, *words)["plan"]["notes"] == ["all 3 scores are 0, which says nothing: uniform."]

@@ -49,7 +49,7 @@ def test_worked_by_hand(monkeypatch):
     """Two blocks of one size, S = .5, p = .6: floors of 40 %, and the other 20 % of all weights shared 3 : 1."""
     scored(monkeypatch, {"layers.0.": 3.0, "layers.1.": 1.0})
     model = MODELS["llama"]()
-    plan = ECoFLaP().plan(model, batches_for("llama", model))
+    plan = ECoFLaP(samples=4).plan(model, batches_for("llama", model))
     blocks = by_group(plan, structure_of(model), "block")
     assert blocks == pytest.approx({"model.layers.0": 0.45, "model.layers.1": 0.55}, abs=1e-4)
     assert plan.scores == {"model.layers.0": 21.0, "model.layers.1": 7.0}
@@ -74,7 +74,7 @@ def test_scores_that_say_nothing_give_the_uniform_plan_and_a_note(monkeypatch, t
     scored(monkeypatch, {"": value})
     model = MODELS["llama"]()
     data = batches_for("llama", model)
-    plan = ECoFLaP(sparsity=0.37).plan(model, data)
+    plan = ECoFLaP(sparsity=0.37, samples=4).plan(model, data)
     assert plan.layers == Uniform(sparsity=0.37).plan(model).layers
     assert len(plan.notes) == 1
     assert word in plan.notes[0]
@@ -86,7 +86,7 @@ def test_scores_that_say_nothing_give_the_uniform_plan_and_a_note(monkeypatch, t
 def test_one_tower_that_says_nothing_is_named(monkeypatch):
     scored(monkeypatch, {"vision_tower": 0.0, "layers.0.": 3.0, "layers.1.": 1.0})
     model = MODELS["llava"]()
-    plan = ECoFLaP(per_tower=True).plan(model, batches_for("llava", model))
+    plan = ECoFLaP(per_tower=True, samples=4).plan(model, batches_for("llava", model))
     assert plan.notes == ("model.vision_tower: all 2 scores are 0, which says nothing: uniform.",)
     blocks = by_group(plan, structure_of(model), "block")
     assert [round(value, 3) for value in blocks.values()] == [0.5, 0.5, 0.45, 0.55]
@@ -152,6 +152,10 @@ def test_samples_and_step_reach_the_score():
     assert first.scores != ECoFLaP(samples=2, seed=1).plan(model, data).scores
     assert first.scores != ECoFLaP(samples=2, reference=True).plan(model, data).scores
     assert first.scores == pytest.approx(ECoFLaP(samples=2, tail="exact").plan(model, data).scores, rel=0.1)
+    assert first.notes == ()
+    assert ECoFLaP(samples=7).plan(model, data).notes == (
+        "scores from all 6 samples of the data, fewer than samples=7.",
+    )
     assert (ECoFLaP().samples, ECoFLaP(order="first").samples) == (32, 128)
 
 

@@ -11,11 +11,13 @@ from layerwise.structure import parameter_of, structure_of
 from layerwise.tasks import loss_of
 from models import IMAGES, MODELS, inputs_for
 
-TRAINED = [name for name in MODELS if name not in ("bert", "dit", "sd3", "flux")]
+TRAINED = [name for name in MODELS if name not in ("dit", "sd3", "flux")]
 
 
 def batch_for(name, model, seed=0):
     batch = inputs_for(name, model, seed=seed)
+    if name == "bert":
+        return batch | {"labels": batch["input_ids"]}
     return batch | {"labels": torch.tensor([1, 0])} if name in IMAGES else batch
 
 

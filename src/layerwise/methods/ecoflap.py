@@ -1,7 +1,8 @@
 """ECoFLaP: sparsity by how much the loss feels each block, over all towers of a model at once (Sung et al. 2024, arXiv:2310.02998).
 
 Stage 1 scores every layer by the gradient of the model's own loss, without a backward pass (zeroth order) or with one (first order),
-and shares the weights that are kept beyond a floor out in proportion to the sums over blocks. Stage 2 is any solver; wanda in the paper.
+and shares the weights that are kept beyond a floor out in proportion to the sums over blocks. It is counts that are shared: of blocks
+with equal scores the smaller ends denser. Stage 2 is any solver; wanda in the paper.
 Departures from the official code:
 D1 weights come back bit for bit (it undoes the noise by arithmetic, which leaves half-precision weights changed). D2 the perturbation is
 2 % of a layer's root mean square and measured after rounding (it is 1e-3 whatever the weights, of which bfloat16 swallows a part):
@@ -23,7 +24,7 @@ from ..passes import Tail
 from ..plan import Plan
 from ..scores import first_order_gradient, zeroth_order_gradient
 from ..structure import Granularity, Layer, Structure, groups_of, towers_of
-from ..tasks.batches import Batches
+from ..tasks.batches import Batches, count_samples
 from .assemble import found, plan_of, sizes_of
 from .base import check_sparsities
 
@@ -101,7 +102,7 @@ class ECoFLaP:
         check_feasible(sizes_of(structure), self.sparsity, low, high)  # before the work
         scores = self._over_groups(self._scored(model, data, structure), groups)
         by_group: dict[str, float] = {}
-        notes = []
+        notes = self._too_few(data)
         for where, names in self._budgets(structure, groups).items():
             mine, note = self._shared({name: scores[name] for name in names}, groups)
             by_group |= mine
@@ -119,6 +120,14 @@ class ECoFLaP:
             model, data, structure, step=self.step, samples=self.samples, draws=self.draws, joint=self.joint,
             reference=self.reference, tail=self.tail, seed=self.seed,
         )  # fmt: skip
+
+    def _too_few(self, data: Batches) -> list[str]:
+        held = count_samples(data)
+        return (
+            [f"scores from all {held} samples of the data, fewer than samples={self.samples}."]
+            if held < cast(int, self.samples)
+            else []
+        )
 
     def _over_groups(self, scores: Mapping[str, float], groups: Mapping[str, tuple[Layer, ...]]) -> dict[str, float]:
         """Sums, or means over weights. A jointly moved block counts once."""

@@ -46,14 +46,15 @@ def first_samples(data: Sequence[Batch], samples: int | None) -> list[Batch]:
     """The first batches that hold at least `samples` samples together, or all of them; a sample is a row of a batch."""
     chosen: list[Batch] = []
     for batch in data:
-        if samples is not None and sum(_rows(one) for one in chosen) >= samples:
+        if samples is not None and count_samples(chosen) >= samples:
             break
         chosen.append(batch)
     return chosen
 
 
-def _rows(batch: Batch) -> int:
-    return next((int(value.shape[0]) for value in batch.values() if value.ndim), 1)
+def count_samples(data: Sequence[Batch]) -> int:
+    """Rows of all batches together."""
+    return sum(next((int(value.shape[0]) for value in batch.values() if value.ndim), 1) for batch in data)
 
 
 def call(model: nn.Module, batch: Batch) -> object:

@@ -12,7 +12,6 @@ Padding and image tokens are never predicted.
 Logits become float32 first. The model's own loss comes last: some are computed in the dtype of the weights.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,8 +37,11 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     labels = batch.get("labels")
     if writes and encodes and labels is None and "decoder_input_ids" not in batch:
         raise DataError(_lacks(model, batch, "labels", "which token ids the decoder writes"))
-    asks = writes and encodes and "decoder_input_ids" not in batch  # it makes them from the labels
-    fields = _fields(model, batch if asks or _insists(model) else {**batch, "labels": None})
+    handed = (
+        batch if _takes_labels(model, batch, writes, encodes) else {k: v for k, v in batch.items() if k != "labels"}
+    )
+    output = call(model, handed)
+    fields = output if isinstance(output, Mapping) else {"logits": output} if isinstance(output, Tensor) else {}
     if isinstance(similar := fields.get("logits_per_image"), Tensor):
         return _contrastive(similar)
     logits = fields.get("logits")
@@ -50,12 +52,6 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
             raise DataError(_lacks(model, batch, "labels", "the class of each sample"))
         return _mean(logits, labels)
     return _own(model, batch, fields)
-
-
-def _fields(model: nn.Module, batch: Mapping[str, Tensor | None]) -> Mapping[str, Any]:
-    """What the model gives, by name. Labels that are None are not handed over: with them it would compute its own loss, too."""
-    output = call(model, {name: value for name, value in batch.items() if value is not None})
-    return output if isinstance(output, Mapping) else {"logits": output} if isinstance(output, Tensor) else {}
 
 
 def _causal(model: nn.Module, batch: Batch) -> Tensor:
@@ -115,10 +111,8 @@ def _contrastive(per_image: Tensor) -> Tensor:
 
 
 def _own(model: nn.Module, batch: Batch, fields: Mapping[str, Any]) -> Tensor:
-    """The loss that the model computes itself, asked for anew if it was not given its labels."""
+    """The loss that the model computes itself."""
     loss = fields.get("loss")
-    if loss is None and "labels" in batch:
-        loss = _fields(model, batch).get("loss")
     if isinstance(loss, Tensor) and loss.numel() == 1:
         return loss.float().reshape(())
     if "labels" not in batch and "logits" in fields:
@@ -148,10 +142,16 @@ def _generates(model: nn.Module, batch: Batch) -> bool:
     return bool(can()) if callable(can) else "input_ids" in batch
 
 
-def _insists(model: nn.Module) -> bool:
-    """Whether its forward cannot do without labels."""
-    labels = inspect.signature(model.forward).parameters.get("labels")
-    return labels is not None and labels.default is labels.empty
+def _takes_labels(model: nn.Module, batch: Batch, writes: bool, encodes: bool) -> bool:
+    """Whether the model is handed the labels: a decoder is fed them, and some losses are the model's own. Else it would only compute
+    a loss that is not used."""
+    if writes:
+        return encodes and "decoder_input_ids" not in batch
+    labels = batch.get("labels")
+    classes = labels is not None and labels.ndim == 1 and not labels.is_floating_point()
+    return not (
+        classes and hasattr(model, "can_generate")
+    )  # `call` leaves them out where a plain module does not know them
 
 
 def _encodes(model: nn.Module) -> bool:
