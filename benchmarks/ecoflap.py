@@ -22,6 +22,7 @@ import layerwise as lw
 from bed import Subject, add_arguments, subjects
 from layerwise.randomness import generator_for
 from layerwise.scores import central_slope, first_order_gradient, norm_from_slopes, zeroth_order_gradient
+from layerwise.scores.zeroth_order import HALF_FACTOR
 from layerwise.structure import groups_of, parameter_of
 from layerwise.tasks import loss_of
 from measuring import machine
@@ -45,7 +46,8 @@ def main() -> None:
     load = os.getloadavg()[0]
     speeds = {subject.name: speed(subject, options) for subject in subjects(options)}
     options.models = "demo"
-    found = {"speed": speeds, "rank": rank(subjects(options)[0], options), "load": load}
+    demo = subjects(options)[0]
+    found = {"speed": speeds, "rank": rank(demo, options), "steps": steps(demo, options), "load": load}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     text = "\n".join(report(found, options))
@@ -102,9 +104,7 @@ def naive(model: nn.Module, data: lw.Batches, structure: lw.Structure) -> Scores
 
 def rank(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     """Spearman's correlation with exact gradient norms, over layers and over blocks, as the directions grow."""
-    model = subject.load()
-    ids = subject.calibration(8, options.length, 0)
-    data = lw.Batches(tuple({"input_ids": part} for part in ids.split(2)), {})
+    model, data = subject.load(), pieces(subject, options)
     structure = lw.structure_of(model)
     exact = first_order_gradient(model, data, structure, kind="norm")
     rows = []
@@ -130,6 +130,30 @@ def rank(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
         "blocks": spearman(by_block(first, structure), by_block(exact, structure)),
     }
     return {"batches": [len(data), 2, options.length], "layers": len(exact), "rows": rows, "first_order": beside}
+
+
+def steps(subject: Subject, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Mean quotient and mean relative error beside exact norms in float32, by the dtype of the model and the size of the step."""
+    model, data = subject.load(), pieces(subject, options)
+    structure = lw.structure_of(model)
+    exact = first_order_gradient(model, data, structure, kind="norm")
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        for step in (0.01, 0.02, 0.05, 0.1, 0.2):
+            given = step / (HALF_FACTOR if dtype == torch.bfloat16 else 1)
+            got = zeroth_order_gradient(model, data, structure, step=given, draws=2)
+            quotients = [got[name] / exact[name] for name in exact]
+            error = statistics.fmean(abs(one - 1) for one in quotients)
+            rows.append({"dtype": str(dtype).removeprefix("torch."), "step": step, "error": error,
+                         "quotient": statistics.fmean(quotients), "layers": spearman(got, exact)})  # fmt: skip
+    return rows
+
+
+def pieces(subject: Subject, options: argparse.Namespace) -> lw.Batches:
+    """Four batches of two samples."""
+    ids = subject.calibration(8, options.length, 0)
+    return lw.Batches(tuple({"input_ids": part} for part in ids.split(2)), {})
 
 
 def by_block(scores: Scores, structure: lw.Structure) -> Scores:
@@ -185,6 +209,18 @@ def report(found: dict[str, Any], options: argparse.Namespace) -> Iterator[str]:
         )
     first = ranks["first_order"]
     yield f"| first order, weight times gradient | | {first['layers']:.3f} | {first['blocks']:.3f} | | |"
+    yield from [
+        "",
+        "## The size of the step: demo",
+        "",
+        "Score over exact norm in float32, mean over layers; mean relative error; rank correlation. 8 directions, the same in every row."
+        f" The library's step is {STEP:g} of the root mean square, {STEP * HALF_FACTOR:g} in half precision.",
+        "",
+        "| model in | step | score / norm | error | layers |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for row in found["steps"]:
+        yield f"| {row['dtype']} | {row['step']:g} | {row['quotient']:.3f} | {row['error']:.1%} | {row['layers']:.3f} |"
 
 
 MEAN_ERROR = 0.7555 * math.sqrt(2 / math.pi)  # of a sum of many draws, nearly normal

@@ -159,6 +159,14 @@ def test_samples_and_step_reach_the_score():
     assert (ECoFLaP().samples, ECoFLaP(order="first").samples) == (32, 128)
 
 
+def test_half_precision_is_a_note_of_the_zeroth_order():
+    model = MODELS["llama"]().bfloat16()
+    data = batches_for("llama", model)
+    (note,) = ECoFLaP(samples=4).plan(model, data).notes
+    assert note.startswith("zeroth-order scores of bfloat16 weights hold its rounding")
+    assert ECoFLaP(samples=4, order="first").plan(model, data).notes == ()
+
+
 def test_the_cap_is_a_tenth_above_the_target():
     assert ECoFLaP().max_sparsity == 0.6
     assert ECoFLaP(sparsity=0.7).max_sparsity == 0.8

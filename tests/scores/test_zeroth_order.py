@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+import layerwise as lw
 from layerwise.errors import ConfigError, DataError, ModelError, ScoreError, WalkError
 from layerwise.scores import central_slope, first_order_gradient, norm_from_slopes, zeroth_order_gradient
 from layerwise.scores.zeroth_order import moved
@@ -67,6 +68,19 @@ def test_a_move_is_measured_where_half_precision_swallows_part_of_it():
         assert float((above == weight).float().mean()) < 0.12
         assert math.sqrt(went / length) == pytest.approx(0.02 * deviation, rel=0.02)
         assert moved(weight.float(), z, 1e-3)[2] == pytest.approx(1e-6 * length, rel=1e-3)
+
+
+def test_a_step_in_bfloat16_stands_out_of_the_rounding_of_activations():
+    """On trained weights; the layers of one block, beside exact norms in float32."""
+    model, tokenizer = lw.load("demo", dtype="float32"), lw.load_tokenizer("demo")
+    data = lw.text("python-docs", tokenizer, samples=4, length=32, batch=2)
+    structure = structure_of(model, include=["model.layers.5.*_proj"])
+    exact = first_order_gradient(model, data, structure, kind="norm")
+    half = model.bfloat16()
+    ours, small = (zeroth_order_gradient(half, data, structure, step=step, draws=4) for step in (0.02, 0.002))
+    mean, inflated = (sum(got[name] / exact[name] for name in exact) / len(exact) for got in (ours, small))
+    assert mean == pytest.approx(1, abs=0.3)  # 8 slopes of 7 layers each: a deviation of .1 beside the rounding
+    assert inflated > 1.4  # of a tenth of that step, rounding is a large part
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -5,17 +5,19 @@ and shares the weights that are kept beyond a floor out in proportion to the sum
 with equal scores the smaller ends denser. Stage 2 is any solver; wanda in the paper.
 Departures from the official code:
 D1 weights come back bit for bit (it undoes the noise by arithmetic, which leaves half-precision weights changed). D2 the perturbation is
-2 % of a layer's root mean square and measured after rounding (it is 1e-3 whatever the weights, of which bfloat16 swallows a part):
-`reference` brings 1e-3 back. D3 whole weights meet the budget (it rounds every group up). D4 groups of score 0 take what full ones leave
-(its loop does not end), and scores that are all equal or 0 give the uniform plan, with a note (0 / 0 in the code). D5 every tower of the
-structure takes part, a Q-Former too: exclude it to follow the paper. D6 the loss behind the last block is linear (`tail`, see
-`passes.Replays`). D7 the score is the mean over batches, an estimate of the gradient's norm, where the code sums: a common factor.
+2 % of a layer's root mean square, 10 % in half precision, and measured after rounding (it is 1e-3 whatever the weights, of which
+bfloat16 swallows a part): `reference` brings 1e-3 back. D3 whole weights meet the budget (it rounds every group up). D4 groups of score
+0 take what full ones leave (its loop does not end), and scores that are all equal or 0 give the uniform plan, with a note (0 / 0 in the
+code). D5 every tower of the structure takes part, a Q-Former too: exclude it to follow the paper. D6 the loss behind the last block is
+linear (`tail`, see `passes.Replays`). D7 the score is the mean over batches, an estimate of the gradient's norm, where the code sums: a
+common factor.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast, get_args
 
+import torch
 from torch import nn
 
 from ..allocate import check_feasible, proportional
@@ -23,7 +25,7 @@ from ..errors import ConfigError, DataError, ModelError
 from ..passes import Tail
 from ..plan import Plan
 from ..scores import first_order_gradient, zeroth_order_gradient
-from ..structure import Granularity, Layer, Structure, groups_of, towers_of
+from ..structure import Granularity, Layer, Structure, groups_of, parameter_of, towers_of
 from ..tasks.batches import Batches, count_samples
 from .assemble import found, plan_of, sizes_of
 from .base import check_sparsities
@@ -48,7 +50,7 @@ class ECoFLaP:
     average: bool = False  # groups by the mean score of their weights, not the sum: the official T5 script
     samples: int | None = None  # of the data, for the scores. None: 32 (zeroth) or 128 (first); a number once made
     draws: int = 1  # directions per batch, zeroth order
-    step: float = 0.02  # perturbation over the weights, root mean squares
+    step: float = 0.02  # perturbation over the weights, root mean squares; five times that in half precision
     reference: bool = False  # a perturbation of 1e-3 whatever the weights, as published
     joint: bool = (
         False  # move a block's layers at once: far fewer passes, the norm of the block's gradient instead of the sum
@@ -102,7 +104,7 @@ class ECoFLaP:
         check_feasible(sizes_of(structure), self.sparsity, low, high)  # before the work
         scores = self._over_groups(self._scored(model, data, structure), groups)
         by_group: dict[str, float] = {}
-        notes = self._too_few(data)
+        notes = self._doubts(data, {parameter_of(model, layer).dtype for layer in structure})
         for where, names in self._budgets(structure, groups).items():
             mine, note = self._shared({name: scores[name] for name in names}, groups)
             by_group |= mine
@@ -121,13 +123,17 @@ class ECoFLaP:
             reference=self.reference, tail=self.tail, seed=self.seed,
         )  # fmt: skip
 
-    def _too_few(self, data: Batches) -> list[str]:
-        held = count_samples(data)
-        return (
-            [f"scores from all {held} samples of the data, fewer than samples={self.samples}."]
-            if held < cast(int, self.samples)
-            else []
-        )
+    def _doubts(self, data: Batches, dtypes: set[torch.dtype]) -> list[str]:
+        """What makes the scores less than they were asked to be."""
+        held, notes = count_samples(data), []
+        if held < cast(int, self.samples):
+            notes.append(f"scores from all {held} samples of the data, fewer than samples={self.samples}.")
+        if self.order == "zeroth" and (half := [str(one) for one in dtypes if one.itemsize < 4]):
+            kind = min(half).removeprefix("torch.")
+            notes.append(
+                f"zeroth-order scores of {kind} weights hold its rounding: float32 or order=first tell blocks apart better."
+            )
+        return notes
 
     def _over_groups(self, scores: Mapping[str, float], groups: Mapping[str, tuple[Layer, ...]]) -> dict[str, float]:
         """Sums, or means over weights. A jointly moved block counts once."""

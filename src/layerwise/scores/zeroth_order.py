@@ -18,6 +18,7 @@ from ..tasks.batches import Batches, first_samples
 from ..tasks.losses import Loss, loss_of
 
 REFERENCE_STEP = 1e-3  # of the official code, whatever the size of the weights
+HALF_FACTOR = 5.0  # the outputs of half-precision layers are rounded, too: a larger step stands out of that noise
 
 
 def central_slope(above: float, below: float, step: float) -> float:
@@ -75,7 +76,8 @@ def zeroth_order_gradient(
 ) -> dict[str, float]:
     """Layer name -> estimated norm of the gradient of a batch's mean loss, averaged over batches; high = keep.
 
-    step: root mean square of the perturbation over that of the weights. reference: 1e-3 for every layer instead, as the official code.
+    step: root mean square of the perturbation over that of the weights; of weights in half precision five times that, since what the
+    blocks give is rounded too and adds to the score. reference: 1e-3 for every layer instead, as the official code.
     samples: use the first batches that hold so many, None all. draws: directions per batch, so each layer has draws * batches slopes;
     two passes each, of the blocks from its own on (`passes.Replays`, which explains `tail`; its memory is what all blocks give for one
     batch). joint: move all layers of a block at once: block name -> norm of the block's gradient, for models of very many layers.
@@ -123,9 +125,11 @@ def _units(structure: Structure, joint: bool) -> Iterator[tuple[str, str | None,
 
 
 def _scale(model: nn.Module, layers: Sequence[Layer]) -> float:
-    """Root mean square of these weights; of weights that are all zero that of a fresh layer, 1 / sqrt(inputs)."""
-    squares = math.fsum(float(parameter_of(model, layer).detach().float().square().sum()) for layer in layers)
-    return math.sqrt(squares / sum(layer.size for layer in layers)) or 1 / math.sqrt(layers[0].columns)
+    """Root mean square of these weights (five times that in half precision); of weights that are all zero that of a fresh layer."""
+    weights = [parameter_of(model, layer).detach() for layer in layers]
+    squares = math.fsum(float(weight.float().square().sum()) for weight in weights)
+    size = math.sqrt(squares / sum(layer.size for layer in layers)) or 1 / math.sqrt(layers[0].columns)
+    return size * (HALF_FACTOR if weights[0].element_size() < 4 else 1.0)
 
 
 def _slope(
