@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import MODELS
+from layerwise import Batches, structure_of
+from layerwise.scores import zeroth_order_gradient
+from models import MODELS, inputs_for
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -126,3 +128,21 @@ def test_scale_runs_as_a_toy_and_refuses_full_size_without_cuda():
         assert refused.returncode == 1
         assert refused.stderr.count("\n") == 1
         assert "--toy" in refused.stderr
+
+
+def test_rank_correlation_by_hand():
+    from ecoflap import spearman
+
+    a = {"w": 1.0, "x": 2.0, "y": 3.0, "z": 4.0}
+    assert spearman(a, {name: value**3 for name, value in a.items()}) == pytest.approx(1)
+    assert spearman(a, {name: -value for name, value in a.items()}) == pytest.approx(-1)
+    assert spearman(a, {"w": 10.0, "x": 30.0, "y": 20.0, "z": 40.0}) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
+
+
+def test_naive_and_paused_evaluations_measure_the_same():
+    from ecoflap import STEP, naive
+
+    model = MODELS["llama"]()
+    data, structure = Batches((inputs_for("llama", model),), {}), structure_of(model, include=["*.down_proj"])
+    expected = naive(model, data, structure)
+    assert zeroth_order_gradient(model, data, structure, step=STEP, tail="exact") == pytest.approx(expected, rel=1e-2)

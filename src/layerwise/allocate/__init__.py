@@ -6,6 +6,7 @@ from .even import uniform, uniform_plus
 from .exact import exact_counts, sparsities_of
 from .fill import water_fill
 from .linear import linear_map
+from .proportional import proportional
 
 __all__ = [
     "Bound",
@@ -13,6 +14,7 @@ __all__ = [
     "erdos_renyi",
     "exact_counts",
     "linear_map",
+    "proportional",
     "sparsities_of",
     "uniform",
     "uniform_plus",

@@ -94,7 +94,7 @@ Score = Annotated[
     str | None,
     typer.Option(
         metavar="SCORE",
-        help="Show this score of every block: outlier-ratio or block-influence. Reads data.",
+        help="Show this score of every block: outlier-ratio, block-influence, zeroth-order or first-order. Reads data.",
         show_default=False,
     ),
 ]

@@ -5,6 +5,7 @@ from typing import Any
 from ..settings import build
 from .auto import Auto, Search
 from .base import Method
+from .ecoflap import ECoFLaP
 from .erdos_renyi import ER, ERK, ERKPlus
 from .owl import OWL
 from .random_ratios import RandomRatios
@@ -17,6 +18,7 @@ __all__ = [
     "METHODS",
     "OWL",
     "Auto",
+    "ECoFLaP",
     "ERKPlus",
     "Method",
     "RandomRatios",
@@ -33,6 +35,7 @@ METHODS: dict[str, type[Method]] = {
     "erk": ERK,
     "erk-plus": ERKPlus,
     "owl": OWL,
+    "ecoflap": ECoFLaP,
     "random": RandomRatios,
     "auto": Auto,
 }

@@ -3,6 +3,7 @@
 from .collect import Collector, SharedInput
 from .dense import collect_dense
 from .paused import Enough, Forward, Pass, PausedPasses
+from .replay import Recording, Replays, Tail
 from .residency import Store, at_hand, store_of
 from .statistics import Accumulator, InputStatistics, Need
 
@@ -15,8 +16,11 @@ __all__ = [
     "Need",
     "Pass",
     "PausedPasses",
+    "Recording",
+    "Replays",
     "SharedInput",
     "Store",
+    "Tail",
     "at_hand",
     "collect_dense",
     "store_of",

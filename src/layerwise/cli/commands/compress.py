@@ -168,7 +168,7 @@ def _with_solver(plan: "Plan", solver: "Solver") -> "Plan":
 
 
 def _show(job: _Job, result: "Result", saved: "Saved", screen: Screen) -> None:
-    show_notes(result.notes, screen)
+    show_notes((*job.plan.notes, *result.notes), screen)
     seconds = result.seconds
     rows = table("", "", left=2)
     rows.show_header = False

@@ -10,6 +10,7 @@ from .. import options
 from ..given import CALIBRATION, SHARING, refuse
 from ..inputs import DataChoice, ModelChoice
 from ..planning import make_plan
+from ..running import show_notes
 from ..screen import Screen, table
 from ..settings import MethodChoice
 
@@ -91,6 +92,7 @@ def plan(
     if output is not None:
         made.save(output, force=force)
     _show(made, structure, screen)
+    show_notes(made.notes, screen)
     if output is not None:
         screen.show(escape(f"\nWritten to {output}. Apply it: layerwise compress {model} --plan {output} -o OUT"))
     screen.show_json({"output": None if output is None else str(output), "plan": made.to_dict()})
