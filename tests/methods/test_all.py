@@ -35,6 +35,8 @@ ROWS = [
     Row("erk", bad={"power": -1.0}, word="power"),
     Row("erk-plus", bad={"dense": 3}, word="dense=3: give text", highest=0.6),
     Row("owl", settings={"outlier_factor": 2.0}, bad={"outlier_factor": 0.5}, word="outlier_factor"),
+    Row("alpha-pruning", settings={"fit": "mid"}, bad={"spread": 1.5}, word="spread"),
+    Row("farms", settings={"window": 8, "fit": "mid"}, bad={"per": "model"}, word="per"),
     Row("random", settings={"seed": 3}, bad={"spread": -0.1}, word="spread"),
 ]
 SOME_MODELS = ("llama", "cifar_resnet", "mixtral", "t5", "gpt2", "phi3", "vit", "flux")

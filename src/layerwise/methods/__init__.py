@@ -3,8 +3,10 @@
 from typing import Any
 
 from ..settings import build
+from .alpha_pruning import AlphaPruning
 from .base import Method
 from .erdos_renyi import ER, ERK, ERKPlus
+from .farms import FARMS
 from .owl import OWL
 from .random_ratios import RandomRatios
 from .uniform import Uniform
@@ -13,8 +15,10 @@ from .uniform_plus import UniformPlus
 __all__ = [
     "ER",
     "ERK",
+    "FARMS",
     "METHODS",
     "OWL",
+    "AlphaPruning",
     "ERKPlus",
     "Method",
     "RandomRatios",
@@ -30,6 +34,8 @@ METHODS: dict[str, type[Method]] = {
     "erk": ERK,
     "erk-plus": ERKPlus,
     "owl": OWL,
+    "alpha-pruning": AlphaPruning,
+    "farms": FARMS,
     "random": RandomRatios,
 }
 
