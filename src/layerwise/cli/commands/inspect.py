@@ -1,6 +1,7 @@
 """`layerwise inspect`: what a model is made of."""
 
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,12 +12,14 @@ from ...errors import ConfigError
 from ...settings import nearest
 from .. import options
 from ..inputs import DataChoice, ModelChoice, protocol_line
+from ..planning import alphas_folder
 from ..screen import Screen, table
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ...structure import Layer, Structure
+    from ...tasks import Batches
 
 
 def inspect(
@@ -26,7 +29,16 @@ def inspect(
         str | None,
         typer.Option(
             metavar="SCORE",
-            help="Show this score of every block: outlier-ratio or block-influence. Reads data.",
+            help="Show this score of every block: outlier-ratio or block-influence (they read data), or alpha-hill (weights alone).",
+            show_default=False,
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --score alpha-hill: draw the layers' spectra and the fits to their tails, a PNG.",
+            rich_help_panel=options.OUTPUT,
             show_default=False,
         ),
     ] = None,
@@ -45,20 +57,21 @@ def inspect(
 
     [dim]Example:[/]  layerwise inspect demo --layers --include '*.mlp.*'
     [dim]Scores:[/]  layerwise inspect demo --score outlier-ratio
+    [dim]Spectra:[/]  layerwise inspect demo --score alpha-hill --plot spectra.png
     """
-    from ...scores import SCORES
+    from ...scores import SCORES, WITHOUT_DATA
 
     if score is not None and score not in SCORES:
         raise ConfigError(f'unknown score "{score}".{nearest(score, SCORES)} Scores: {", ".join(SCORES)}.')
+    if plot is not None:
+        _check_plot(plot, score)
     screen = Screen(json=json, quiet=quiet)
     choice = ModelChoice(model, include=tuple(include or ()), exclude=tuple(exclude or ()), remote_code=remote_code)
-    drawn = DataChoice(data, samples, length, 1, seed).draw(choice, screen) if score else None
+    reads = score is not None and score not in WITHOUT_DATA
+    drawn = DataChoice(data, samples, length, 1, seed).draw(choice, screen) if reads else None
     loaded = choice.load(screen)
     structure = choice.structure(loaded)
-    scores: dict[str, float] = {}
-    if score and drawn is not None:
-        with screen.task(f"Measuring {score}"):
-            scores = SCORES[score](loaded, drawn, structure)
+    scores = _measured(score, loaded, drawn, structure, plot, screen) if score else {}
     zeros = _zeros(loaded, structure)
     chosen = sum(layer.size for layer in structure.layers)
     screen.show(
@@ -68,11 +81,66 @@ def inspect(
         _layers(structure, zeros) if layers else _roles(structure, zeros),
         *(f"\nleft out: {count} × {reason}" for reason, count in Counter(r for _, r in structure.left_out).items()),
     )
-    if scores and drawn is not None:
-        screen.show(f"\n[bold]{score}[/] of each block (high = keep)", _bars(scores, screen), protocol_line(drawn))
+    if score:
+        _show_scores(score, scores, structure, drawn, screen)
+    if plot is not None:
+        screen.show(escape(f"Spectra of the layers, and their fits: {plot}"))
     screen.show_json(
         {**_facts(model, loaded, structure, zeros), **({"score": score, "scores": scores} if scores else {})}
     )
+
+
+def _check_plot(plot: Path, score: str | None) -> None:
+    from ...errors import OutputError
+
+    if score != "alpha-hill":
+        raise ConfigError("--plot draws the spectra behind --score alpha-hill; ask for that score.")
+    if plot.suffix.lower() != ".png":
+        raise OutputError(f'output "{plot}": give a name that ends in .png.')
+
+
+def _measured(
+    score: str,
+    model: "nn.Module",
+    data: "Batches | None",
+    structure: "Structure",
+    plot: Path | None,
+    screen: Screen,
+) -> dict[str, float]:
+    """The score by block or layer; the picture is written on the way, since it needs the spectra that alpha comes from."""
+    from ...report import plot_spectra, view_of
+    from ...scores import SCORES, alphas_kept, layer_tails, watched
+
+    with screen.task(f"Measuring {score}") as step, watched(step), alphas_kept(alphas_folder()):
+        if plot is None:
+            return SCORES[score](model, data, structure)
+        found, views = {}, []
+        for tail in layer_tails(model, structure, spectra=True):
+            views.append(view_of(structure.layer(tail.name), tail))
+            if tail.alpha is not None:
+                found[tail.name] = tail.alpha
+    plot_spectra(views, plot)
+    return found
+
+
+def _show_scores(
+    score: str, scores: dict[str, float], structure: "Structure", data: "Batches | None", screen: Screen
+) -> None:
+    """A bar for each block; of a score of layers their mean."""
+    from ...scores import LOW_KEEPS
+
+    blocks = {
+        block.name: [scores[layer.name] for layer in block.layers if layer.name in scores] for block in structure.blocks
+    }
+    means = {name: sum(some) / len(some) for name, some in blocks.items() if some}
+    of = "mean of the layers of each block" if means else "of each block" if structure.blocks else "of each layer"
+    keeps = "low" if score in LOW_KEEPS else "high"
+    screen.show(f"\n[bold]{score}[/], {of} ({keeps} = keep)", _bars(means or scores, screen))
+    if data is not None:
+        screen.show(protocol_line(data))
+    absent = len(structure.layers) - len(scores)
+    if means and absent:
+        screen.say(f"note: {absent} of {len(structure.layers)} layers have no {score}", style="yellow")
 
 
 def _zeros(model: "nn.Module", structure: "Structure") -> dict[str, int]:
