@@ -36,6 +36,12 @@ def test_alphas_are_shown_and_drawn_without_data(here, capsys):
     assert "alpha-hill, mean of the layers of each block (low = keep)" in out
     assert "model.layers.2" in out
     assert (here / "spectra.png").read_bytes().startswith(b"\x89PNG")
+    (here / "spectra.png").write_text("mine")
+    assert main("inspect model --score alpha-hill --plot spectra.png".split()) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert (here / "spectra.png").read_text() == "mine"
+    assert main("inspect model --score alpha-hill --plot spectra.png --force -q".split()) == 0
+    assert (here / "spectra.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ alpha. Weights alone: no data. Departures from the official code: D1 what exceed
 misses the budget; excess="clamp" does so too). D2 the cut is searched between 0.95 and 1.5 times the peak (it takes the logarithm of the
 lower bound; fit="peak-reference"). D3 a matrix that no window fits into is taken whole, and a layer without a tail is left out of its
 block's mean, both noted (negative starts cut a smaller window in silence; the list of layers shifts). D4 blocks are told apart by name (it
-divides the list of layers by their number). D5 no dependence on the number of windows being at least two.
+divides the list of layers by their number). D5 one window along a side is the middle one (it divides by zero). Fused weights (qkv, gate
+and up) are one matrix, as they are stored.
 """
 
 from dataclasses import dataclass

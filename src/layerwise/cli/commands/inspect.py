@@ -49,6 +49,7 @@ def inspect(
     length: options.Length = None,
     seed: options.Seed = 0,
     remote_code: options.RemoteCode = False,
+    force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -64,7 +65,7 @@ def inspect(
     if score is not None and score not in SCORES:
         raise ConfigError(f'unknown score "{score}".{nearest(score, SCORES)} Scores: {", ".join(SCORES)}.')
     if plot is not None:
-        _check_plot(plot, score)
+        _check_plot(plot, score, force)
     screen = Screen(json=json, quiet=quiet)
     choice = ModelChoice(model, include=tuple(include or ()), exclude=tuple(exclude or ()), remote_code=remote_code)
     reads = score is not None and score not in WITHOUT_DATA
@@ -90,13 +91,15 @@ def inspect(
     )
 
 
-def _check_plot(plot: Path, score: str | None) -> None:
+def _check_plot(plot: Path, score: str | None, force: bool) -> None:
     from ...errors import OutputError
 
     if score != "alpha-hill":
         raise ConfigError("--plot draws the spectra behind --score alpha-hill; ask for that score.")
     if plot.suffix.lower() != ".png":
         raise OutputError(f'output "{plot}": give a name that ends in .png.')
+    if plot.exists() and not force:
+        raise OutputError(f'output "{plot}" exists already. Give another name, or replace it: --force.')
 
 
 def _measured(
