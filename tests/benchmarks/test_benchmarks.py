@@ -118,6 +118,36 @@ def test_our_side_measures_a_run(tmp_path):
     assert ((up.reshape(len(up), -1, 4) == 0).sum(-1) == 2).all()
 
 
+def test_the_naive_recipe_is_that_of_the_papers():
+    from farms_oracle import peak_alpha, window_eigenvalues
+    from naive_farms import Layout, naive
+
+    weight = torch.randn(60, 45, generator=torch.Generator().manual_seed(0))
+    values = window_eigenvalues(weight, 24, 1.0, 4)
+    found = naive(weight, Layout(24, 4), "peak")
+    alpha, cuts = peak_alpha(values, reference=False)
+    assert (found.alpha, found.cuts, found.windows) == (pytest.approx(alpha, rel=1e-3), cuts, 16)
+    some = naive(weight, Layout(24, 4), "mid", most=4)
+    assert (some.measured, some.windows) == (4, 16)
+
+
+def test_exponents_are_measured_beside_the_recipe(tmp_path):
+    out = tmp_path / "farms.md"
+    small = ["--models", "", "--sizes", "260x257", "--large", "300x300"]
+    done = _run("farms.py", *small, "--work", str(tmp_path), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.with_suffix(".json").read_text())
+    assert [(row["name"], row["fit"]) for row in rows] == [
+        (f"{size} {kind}", fit)
+        for size in ("260x257", "300x300")
+        for kind in ("noise", "heavy")
+        for fit in ("mid", "peak")
+    ]
+    assert all(row["exact_error"] < 1e-3 for row in rows if row["fit"] == "mid")
+    assert rows[0]["windows"] == rows[0]["measured"] == 10
+    assert "| 260x257 noise | mid | 10 |" in out.read_text()
+
+
 def test_scale_runs_as_a_toy_and_refuses_full_size_without_cuda():
     done = _run("scale_gpu.py", "--toy", "--methods", "wanda")
     assert done.returncode == 0, done.stderr

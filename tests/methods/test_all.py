@@ -37,6 +37,8 @@ ROWS = [
     Row("erk-plus", bad={"dense": 3}, word="dense=3: give text", highest=0.6),
     Row("owl", settings={"outlier_factor": 2.0}, bad={"outlier_factor": 0.5}, word="outlier_factor"),
     Row("ecoflap", settings={"samples": 2}, bad={"order": "second"}, word="order", loss=True),
+    Row("alpha-pruning", settings={"fit": "mid"}, bad={"spread": 1.5}, word="spread"),
+    Row("farms", settings={"window": 8, "fit": "mid"}, bad={"per": "model"}, word="per"),
     Row("random", settings={"seed": 3}, bad={"spread": -0.1}, word="spread"),
     Row("auto", settings={"only": "erk", "solver": "magnitude"}, bad={"only": "eerk"}, word='"erk"'),
 ]

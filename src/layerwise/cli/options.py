@@ -94,9 +94,14 @@ Score = Annotated[
     str | None,
     typer.Option(
         metavar="SCORE",
-        help="Show this score of every block: outlier-ratio, block-influence, zeroth-order or first-order. Reads data.",
+        help="Show this score of every block: outlier-ratio, block-influence, zeroth-order or first-order (they read data), or"
+        " alpha-hill (weights alone).",
         show_default=False,
     ),
+]
+Plot = Annotated[
+    Path | None,
+    _option(OUTPUT, "FILE", "With --score alpha-hill: draw the layers' spectra and the fits to their tails, a PNG."),
 ]
 Layers = Annotated[bool, typer.Option("--layers", help="One line per layer instead of one per role.")]
 Against = Annotated[str | None, _option(HOW, "MODEL", "The dense model, for divergence and agreement.")]

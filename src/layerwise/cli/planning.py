@@ -1,10 +1,12 @@
 """Make a plan as a command asks for, with the model's facts and the solver written into it."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .inputs import ModelChoice
+from .running import show_notes
 from .screen import Screen
 
 if TYPE_CHECKING:
@@ -25,9 +27,12 @@ def make_plan(
     screen: Screen,
     solver: "Solver | None" = None,
 ) -> "Plan":
-    """Scores, allocation, plan; checked against the model. Raises BudgetError, ScoreError, PlanError."""
-    with screen.task(f"Planning with {name_of(method)}"):
+    """Scores, allocation, plan; checked against the model, its notes said. Raises BudgetError, ScoreError, PlanError."""
+    from ..scores import alphas_kept, watched
+
+    with screen.task(f"Planning with {name_of(method)}") as step, watched(step), alphas_kept(alphas_folder()):
         plan: Plan = method.plan(model, data, structure=structure)
+    show_notes(plan.notes, screen)
     plan = with_facts(plan, choice, structure, solver)
     plan.check(structure.layers, blocks=[block.name for block in structure.blocks], fingerprint=structure.fingerprint)
     return plan
@@ -46,6 +51,18 @@ def with_facts(plan: "Plan", choice: ModelChoice, structure: "Structure", solver
     if solver is not None:
         updates["solver"] = {"name": solver.name, **asdict(solver)}  # type: ignore[call-overload]
     return plan.model_copy(update=updates).with_achieved(structure.layers)
+
+
+def alphas_folder() -> Path | None:
+    """Where exponents of weights are kept from one command to the next: LAYERWISE_CACHE/alphas, or a folder of the user's cache.
+
+    None if LAYERWISE_CACHE is "off". They depend on the weights' bytes alone, so nothing here can be out of date.
+    """
+    chosen = os.environ.get("LAYERWISE_CACHE", "")
+    if chosen.lower() == "off":
+        return None
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerwise"
+    return (Path(chosen) if chosen else home) / "alphas"
 
 
 def name_of(method: Any) -> str:

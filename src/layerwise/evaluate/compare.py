@@ -127,7 +127,7 @@ def cells(
                 seconds += time.perf_counter() - started
             say("measuring")
             found = evaluate(model, held_out, against=dense, device=settings.device)
-            yield Cell(recipe, plan, result.sparsity, found, seconds, peak.rss, result.notes)
+            yield Cell(recipe, plan, result.sparsity, found, seconds, peak.rss, (*plan.notes, *result.notes))
         finally:
             restore(model, dense, structure)
 

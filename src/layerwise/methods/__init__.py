@@ -3,10 +3,12 @@
 from typing import Any
 
 from ..settings import build
+from .alpha_pruning import AlphaPruning
 from .auto import Auto, Search
 from .base import Method
 from .ecoflap import ECoFLaP
 from .erdos_renyi import ER, ERK, ERKPlus
+from .farms import FARMS
 from .owl import OWL
 from .random_ratios import RandomRatios
 from .uniform import Uniform
@@ -15,8 +17,10 @@ from .uniform_plus import UniformPlus
 __all__ = [
     "ER",
     "ERK",
+    "FARMS",
     "METHODS",
     "OWL",
+    "AlphaPruning",
     "Auto",
     "ECoFLaP",
     "ERKPlus",
@@ -36,6 +40,8 @@ METHODS: dict[str, type[Method]] = {
     "erk-plus": ERKPlus,
     "owl": OWL,
     "ecoflap": ECoFLaP,
+    "alpha-pruning": AlphaPruning,
+    "farms": FARMS,
     "random": RandomRatios,
     "auto": Auto,
 }

@@ -4,7 +4,7 @@ from .collect import Collector, SharedInput
 from .dense import collect_dense
 from .paused import Enough, Forward, Pass, PausedPasses
 from .replay import Recording, Replays, Tail
-from .residency import Store, at_hand, store_of
+from .residency import Store, at_hand, store_of, weight_at_hand
 from .statistics import Accumulator, InputStatistics, Need
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "at_hand",
     "collect_dense",
     "store_of",
+    "weight_at_hand",
 ]
