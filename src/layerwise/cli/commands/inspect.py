@@ -26,7 +26,7 @@ def inspect(
         str | None,
         typer.Option(
             metavar="SCORE",
-            help="Show this score of every block: outlier-ratio or block-influence. Reads data.",
+            help="Show this score: outlier-ratio or block-influence of every block, snip, grasp or synflow of every layer. Reads data.",
             show_default=False,
         ),
     ] = None,
@@ -69,7 +69,11 @@ def inspect(
         *(f"\nleft out: {count} × {reason}" for reason, count in Counter(r for _, r in structure.left_out).items()),
     )
     if scores and drawn is not None:
-        screen.show(f"\n[bold]{score}[/] of each block (high = keep)", _bars(scores, screen), protocol_line(drawn))
+        screen.show(
+            f"\n[bold]{score}[/] of each {_unit(scores, structure)} (high = keep)",
+            _bars(scores, screen),
+            protocol_line(drawn),
+        )
     screen.show_json(
         {**_facts(model, loaded, structure, zeros), **({"score": score, "scores": scores} if scores else {})}
     )
@@ -80,6 +84,10 @@ def _zeros(model: "nn.Module", structure: "Structure") -> dict[str, int]:
 
     counted = count_zeros(model, {layer.parameter for layer in structure.layers}).zeros
     return {layer.name: counted[layer.parameter] for layer in structure.layers}
+
+
+def _unit(scores: dict[str, float], structure: "Structure") -> str:
+    return "block" if scores.keys() <= {block.name for block in structure.blocks} else "layer"
 
 
 def _bars(scores: dict[str, float], screen: Screen) -> Text:
