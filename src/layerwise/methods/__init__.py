@@ -5,8 +5,11 @@ from typing import Any
 from ..settings import build
 from .base import Method
 from .erdos_renyi import ER, ERK, ERKPlus
+from .grasp import GraSP, GraSPRatio
 from .owl import OWL
 from .random_ratios import RandomRatios
+from .snip import SNIP, SNIPRatio
+from .synflow import SynFlow
 from .uniform import Uniform
 from .uniform_plus import UniformPlus
 
@@ -15,9 +18,14 @@ __all__ = [
     "ERK",
     "METHODS",
     "OWL",
+    "SNIP",
     "ERKPlus",
+    "GraSP",
+    "GraSPRatio",
     "Method",
     "RandomRatios",
+    "SNIPRatio",
+    "SynFlow",
     "Uniform",
     "UniformPlus",
     "method_from",
@@ -30,6 +38,11 @@ METHODS: dict[str, type[Method]] = {
     "erk": ERK,
     "erk-plus": ERKPlus,
     "owl": OWL,
+    "snip": SNIP,
+    "snip-ratio": SNIPRatio,
+    "grasp": GraSP,
+    "grasp-ratio": GraSPRatio,
+    "synflow": SynFlow,
     "random": RandomRatios,
 }
 

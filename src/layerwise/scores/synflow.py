@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from ..errors import DataError, ModelError, ScoreError
-from ..structure import Structure, parameter_of
+from ..structure import Structure, parameter_of, structure_of
 from ..tasks.batches import Batch, call
 from .gradients import check_in_memory, left_alone
 
@@ -31,22 +31,25 @@ def synflow_scores(
     """Layer name -> score of each of its weights, float64 in the stored shape, >= 0. One forward and backward pass of one example.
 
     keep: layer name -> bool in the stored shape, False where a weight is pruned already and carries nothing. In float64, because the
-    flow grows by about the width of every layer without a norm. Raises DataError without a batch, ScoreError if it overflows.
+    flow grows by about the width of every layer without a norm; in float32 where there are fused experts, whose kernels take no
+    more. Raises DataError without a batch, ScoreError if it overflows.
     """
     if not len(data):
         raise DataError("synflow needs a batch for the shape of the inputs; there is none.")
     check_in_memory(model)
     first = {id(parameter): name for name, parameter in model.named_parameters()}
-    tensors = {name: _wide(parameter.detach().abs()) for name, parameter in model.named_parameters()}
+    dtype = _dtype_for(model)
+    tensors = {name: _cast(parameter.detach().abs(), dtype) for name, parameter in model.named_parameters()}
     leaves = {}
     for layer in structure:
         name = first[id(parameter_of(model, layer))]
         if keep is not None:
             tensors[name] = tensors[name] * keep[layer.name].to(tensors[name].device)
         leaves[layer.name] = tensors[name].requires_grad_()
-    tensors |= _positive_buffers(model)
+    tensors |= _positive_buffers(model, dtype)
+    renamed, ones = {f"model.{n}": tensor for n, tensor in tensors.items()}, _of_ones(data[0], dtype)
     with left_alone(model, by_batch=False), torch.enable_grad():
-        flow = functional_call(_Flow(model), {f"model.{n}": t for n, t in tensors.items()}, (_of_ones(data[0]),))
+        flow = functional_call(_Flow(model), renamed, (ones,))
         if not flow.requires_grad:
             raise ModelError(f"the outputs of {type(model).__name__} depend on none of the {len(leaves)} layers.")
         found = torch.autograd.grad(flow, list(leaves.values()), allow_unused=True)
@@ -55,7 +58,7 @@ def synflow_scores(
         scores[name] = torch.zeros_like(leaf) if gradient is None else synaptic_flow(leaf.detach(), gradient)
         if not scores[name].isfinite().all():
             raise ScoreError(f'layer "{name}": its flow is not finite; the network is too deep without norms for it.')
-    return {name: score.detach() for name, score in scores.items()}
+    return {name: score.detach().double() for name, score in scores.items()}
 
 
 class _Flow(nn.Module):
@@ -75,17 +78,16 @@ class _Flow(nn.Module):
         raise ModelError(f"{type(self.model).__name__} gives no output that could be summed.")
 
 
-def _of_ones(batch: Batch) -> Batch:
-    """The first example, its floating inputs ones."""
-    return {
-        name: torch.ones_like(value[:1], dtype=torch.float64) if value.is_floating_point() else value[:1]
-        for name, value in batch.items()
-        if name != "labels"
-    }
+def _of_ones(batch: Batch, dtype: torch.dtype) -> Batch:
+    """Ones for its floating inputs; the first example alone where all inputs have the batch in front, as one axis of one size."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if len({value.shape[:1] for value in inputs.values()}) == 1:
+        inputs = {name: value[:1] for name, value in inputs.items()}
+    return {n: torch.ones_like(v, dtype=dtype) if v.is_floating_point() else v for n, v in inputs.items()}
 
 
-def _positive_buffers(model: nn.Module) -> dict[str, Tensor]:
-    buffers = {name: _wide(buffer.clone()) for name, buffer in model.named_buffers()}
+def _positive_buffers(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    buffers = {name: _cast(buffer.clone(), dtype) for name, buffer in model.named_buffers()}
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
             name = f"{path}.running_mean" if path else "running_mean"
@@ -93,5 +95,10 @@ def _positive_buffers(model: nn.Module) -> dict[str, Tensor]:
     return buffers
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
+def _dtype_for(model: nn.Module) -> torch.dtype:
+    experts = any(layer.kind == "experts" for layer in structure_of(model, include=["*"]))
+    return torch.float32 if experts else torch.float64
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
