@@ -164,20 +164,21 @@ def batches(ids: Tensor, seed: int) -> lw.Batches:
 class Results:
     """One JSON object a line, appended as cells are done. A line cut short by a kill is passed over."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: Any = Cell) -> None:
+        """kind: the dataclass of a cell."""
         self.path = path
-        self.rows: dict[tuple[Cell, str], dict[str, Any]] = {}
+        self.rows: dict[tuple[Any, str], dict[str, Any]] = {}
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            self.rows[Cell(**entry["cell"]), _key(entry["protocol"])] = entry["row"]
+            self.rows[kind(**entry["cell"]), _key(entry["protocol"])] = entry["row"]
 
-    def __contains__(self, cell: tuple[Cell, dict[str, Any]]) -> bool:
+    def __contains__(self, cell: tuple[Any, dict[str, Any]]) -> bool:
         return (cell[0], _key(cell[1])) in self.rows
 
-    def add(self, cell: Cell, protocol: dict[str, Any], row: dict[str, Any]) -> None:
+    def add(self, cell: Any, protocol: dict[str, Any], row: dict[str, Any]) -> None:
         self.rows[cell, _key(protocol)] = row
         entry = {"cell": asdict(cell), "protocol": protocol, "row": row}
         cut_short = self.path.exists() and not self.path.read_bytes().endswith(b"\n")

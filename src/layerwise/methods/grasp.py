@@ -18,7 +18,7 @@ from ..structure import Structure
 from ..tasks.batches import Batches
 from .assemble import found
 from .base import check_sparsities, needed
-from .ranked import keep_highest, plan_of_masks
+from .ranked import keep_highest, plan_by_rank
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,18 @@ class GraSP:
         _check("GraSP", self)
 
     def plan(self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None) -> Plan:
-        """See `Method.plan`. Raises what `scores.hessian_products` raises, and ScoreError where all scores are equal."""
-        structure = found(model, structure)
-        keep, scores = _ranked(self, model, data, structure)
-        return plan_of_masks(self, model, structure, self.sparsity, keep, scores)
+        """See `Method.plan`. Raises what `scores.hessian_products` raises. Scores that are all equal: uniform, with a note."""
+        return _plan(self, model, data, found(model, structure))
 
     def keep(
         self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None
     ) -> dict[str, Tensor]:
-        """Layer name -> GraSP's own mask, bool in the stored shape, True = kept; the counts are those of `plan`."""
-        return _ranked(self, model, data, found(model, structure))[0]
+        """Layer name -> GraSP's own mask, bool in the stored shape, True = kept; the counts are those of `plan`.
+
+        Raises what `plan` raises, and ScoreError where all scores are equal.
+        """
+        scores = _scores(self, model, data, found(model, structure))
+        return keep_highest(scores, self.sparsity, self.min_sparsity, self.max_sparsity, owner="GraSP's score")
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,7 @@ class GraSPRatio:
 
     def plan(self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None) -> Plan:
         """See `GraSP.plan`."""
-        structure = found(model, structure)
-        keep, scores = _ranked(self, model, data, structure)
-        return plan_of_masks(self, model, structure, self.sparsity, keep, scores)
+        return _plan(self, model, data, found(model, structure))
 
 
 def _check(owner: str, method: GraSP | GraSPRatio) -> None:
@@ -81,10 +81,12 @@ def _check(owner: str, method: GraSP | GraSPRatio) -> None:
         )
 
 
-def _ranked(
+def _plan(method: GraSP | GraSPRatio, model: nn.Module, data: Batches | None, structure: Structure) -> Plan:
+    scores, low, high = _scores(method, model, data, structure), method.min_sparsity, method.max_sparsity
+    return plan_by_rank(method, model, structure, method.sparsity, scores, low, high, owner="GraSP's score")
+
+
+def _scores(
     method: GraSP | GraSPRatio, model: nn.Module, data: Batches | None, structure: Structure
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The mask and the scores it was made from."""
-    scores = grasp_scores(model, needed("GraSP", data), structure, temperature=method.temperature)
-    low, high = method.min_sparsity, method.max_sparsity
-    return keep_highest(scores, method.sparsity, low, high, owner="GraSP's score"), scores
+) -> dict[str, Tensor]:
+    return grasp_scores(model, needed("GraSP", data), structure, temperature=method.temperature)

@@ -7,13 +7,13 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from ..allocate import check_feasible, sparsities_of
+from ..allocate import check_feasible, sparsities_of, uniform
 from ..errors import ScoreError
 from ..plan import Plan, Prune
 from ..scores import layer_means
 from ..solvers.select import keep_lowest_out
 from ..structure import Structure
-from .assemble import plan_with, sizes_of
+from .assemble import plan_of, plan_with, sizes_of
 from .base import Method
 
 
@@ -29,29 +29,45 @@ def keep_highest(
     sizes = {name: score.numel() for name, score in scores.items()}
     check_feasible(sizes, sparsity, low, high)
     pruned, total = round(sparsity * sum(sizes.values())), sum(sizes.values())
-    if 0 < pruned < total and len({float(end) for score in scores.values() for end in score.aminmax()}) == 1:
+    if 0 < pruned < total and (value := common(scores)) is not None:
         raise ScoreError(
-            f"{owner} is {next(iter(scores.values())).max():g} for every weight, so it ranks none above another."
-            " Use other data, or the method uniform."
+            f"{owner} is {value:g} for every weight, so it ranks none above another. Use other data, or the method uniform."
         )
     pooled = torch.cat([_bounded(score, low, high) for score in scores.values()]).unsqueeze(0)
     keep = torch.split(keep_lowest_out(pooled, pruned)[0], list(sizes.values()))
     return {name: part.reshape(scores[name].shape) for (name, part) in zip(scores, keep, strict=True)}
 
 
-def plan_of_masks(
+def plan_by_rank(
     method: Method,
     model: nn.Module,
     structure: Structure,
     sparsity: float,
-    keep: Mapping[str, Tensor],
     scores: Mapping[str, Tensor],
+    low: float,
+    high: float,
+    *,
+    owner: str,
+    keep: Mapping[str, Tensor] | None = None,
 ) -> Plan:
-    """The plan in which each layer loses as many weights as its mask takes; beside it the mean score of each layer."""
-    sizes = sizes_of(structure)
+    """The plan in which each layer loses as many weights as its mask takes (None: that of `keep_highest`); beside it the mean score of
+    each layer. Scores that are all equal rank nothing: uniform, with a note."""
+    sizes, means = sizes_of(structure), layer_means(scores)
+    if sparsity and (value := common(scores)) is not None:
+        check_feasible(sizes, sparsity, low, high)
+        note = f"{owner} is {value:g} for every weight, so it ranks none above another: uniform"
+        return plan_of(method, model, structure, sparsity, uniform(sizes, sparsity), low, high, means, (note,))
+    if keep is None:
+        keep = keep_highest(scores, sparsity, low, high, owner=owner)
     zeros = {name: sizes[name] - int(keep[name].sum()) for name in sizes}
     prunes = {name: Prune(sparsity=exact) for name, exact in sparsities_of(zeros, sizes).items()}
-    return plan_with(method, model, structure, sparsity, prunes, layer_means(scores))
+    return plan_with(method, model, structure, sparsity, prunes, means)
+
+
+def common(scores: Mapping[str, Tensor]) -> float | None:
+    """The one value that all scores have, or None."""
+    ends = {float(end) for score in scores.values() for end in score.aminmax()}
+    return ends.pop() if len(ends) == 1 else None
 
 
 def _bounded(score: Tensor, low: float, high: float) -> Tensor:

@@ -18,7 +18,7 @@ from ..structure import Structure
 from ..tasks.batches import Batches
 from .assemble import found
 from .base import check_sparsities, needed
-from .ranked import keep_highest, plan_of_masks
+from .ranked import keep_highest, plan_by_rank
 
 
 @dataclass(frozen=True)
@@ -37,22 +37,20 @@ class SNIP:
         check_sparsities("SNIP", self.sparsity, self.min_sparsity, self.max_sparsity)
 
     def plan(self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None) -> Plan:
-        """See `Method.plan`. Raises what `scores.gradients` raises, and ScoreError where all scores are equal."""
-        structure = found(model, structure)
-        keep, scores = self._ranked(model, data, structure)
-        return plan_of_masks(self, model, structure, self.sparsity, keep, scores)
+        """See `Method.plan`. Raises what `scores.gradients` raises. Scores that are all equal: uniform, with a note."""
+        structure, low, high = found(model, structure), self.min_sparsity, self.max_sparsity
+        scores = snip_scores(model, needed("SNIP", data), structure)
+        return plan_by_rank(self, model, structure, self.sparsity, scores, low, high, owner="SNIP's score")
 
     def keep(
         self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None
     ) -> dict[str, Tensor]:
-        """Layer name -> SNIP's own mask, bool in the stored shape, True = kept; the counts are those of `plan`."""
-        return self._ranked(model, data, found(model, structure))[0]
+        """Layer name -> SNIP's own mask, bool in the stored shape, True = kept; the counts are those of `plan`.
 
-    def _ranked(
-        self, model: nn.Module, data: Batches | None, structure: Structure
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        scores = snip_scores(model, needed("SNIP", data), structure)
-        return keep_highest(scores, self.sparsity, self.min_sparsity, self.max_sparsity, owner="SNIP's score"), scores
+        Raises what `plan` raises, and ScoreError where all scores are equal.
+        """
+        scores = snip_scores(model, needed("SNIP", data), found(model, structure))
+        return keep_highest(scores, self.sparsity, self.min_sparsity, self.max_sparsity, owner="SNIP's score")
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,6 @@ class SNIPRatio:
 
     def plan(self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None) -> Plan:
         """See `SNIP.plan`."""
-        structure = found(model, structure)
+        structure, low, high = found(model, structure), self.min_sparsity, self.max_sparsity
         scores = snip_scores(model, needed("SNIP", data), structure, redraw=self.redraw, seed=self.seed)
-        keep = keep_highest(scores, self.sparsity, self.min_sparsity, self.max_sparsity, owner="SNIP's score")
-        return plan_of_masks(self, model, structure, self.sparsity, keep, scores)
+        return plan_by_rank(self, model, structure, self.sparsity, scores, low, high, owner="SNIP's score")

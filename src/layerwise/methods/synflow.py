@@ -16,7 +16,7 @@ from ..structure import Structure
 from ..tasks.batches import Batches
 from .assemble import found
 from .base import check_sparsities, needed
-from .ranked import keep_highest, plan_of_masks
+from .ranked import common, keep_highest, plan_by_rank
 
 
 @dataclass(frozen=True)
@@ -38,32 +38,38 @@ class SynFlow:
             raise ConfigError(f"SynFlow.rounds={self.rounds}: give at least 1.")
 
     def plan(self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None) -> Plan:
-        """See `Method.plan`. Raises what `scores.synflow_scores` raises, and ScoreError where all scores are equal."""
-        structure = found(model, structure)
-        keep, scores = self._ranked(model, data, structure)
-        return plan_of_masks(self, model, structure, self.sparsity, keep, scores)
+        """See `Method.plan`. Raises what `scores.synflow_scores` raises. Scores that are all equal: uniform, with a note.
+
+        The scores in the plan are those of the whole network, from which the first round chooses.
+        """
+        structure, low, high = found(model, structure), self.min_sparsity, self.max_sparsity
+        scores = synflow_scores(model, needed("SynFlow", data), structure)
+        keep = None if common(scores) is not None else self._pruned(model, data, structure, scores)
+        return plan_by_rank(
+            self, model, structure, self.sparsity, scores, low, high, owner="SynFlow's score", keep=keep
+        )
 
     def keep(
         self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None
     ) -> dict[str, Tensor]:
-        """Layer name -> SynFlow's own mask, bool in the stored shape, True = kept; the counts are those of `plan`."""
-        return self._ranked(model, data, found(model, structure))[0]
+        """Layer name -> SynFlow's own mask, bool in the stored shape, True = kept; the counts are those of `plan`.
 
-    def _ranked(
-        self, model: nn.Module, data: Batches | None, structure: Structure
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The last mask, and the scores of the whole network, from which the first round chose."""
-        batches, low, high = needed("SynFlow", data), self.min_sparsity, self.max_sparsity
-        whole: dict[str, Tensor] | None = None
-        keep: dict[str, Tensor] | None = None
+        Raises what `plan` raises, and ScoreError where all scores are equal.
+        """
+        structure = found(model, structure)
+        return self._pruned(model, data, structure, synflow_scores(model, needed("SynFlow", data), structure))
+
+    def _pruned(
+        self, model: nn.Module, data: Batches | None, structure: Structure, scores: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The mask after all rounds; scores: of the whole network."""
+        low, high, keep = self.min_sparsity, self.max_sparsity, dict[str, Tensor]()
         for number in range(1, self.rounds + 1):
-            scores = synflow_scores(model, batches, structure, keep=keep)
-            whole = whole or scores
-            if keep is not None:  # below every score: gone is gone, also where what is left carries nothing
-                scores = {name: score.masked_fill(~keep[name].to(score.device), -1.0) for name, score in scores.items()}
+            if keep:  # what went is below every score, also where what is left carries nothing: gone is gone
+                scores = synflow_scores(model, needed("SynFlow", data), structure, keep=keep)
+                scores = {name: score.cpu().masked_fill(~keep[name], -1.0) for name, score in scores.items()}
             last = number == self.rounds
             sparsity = self.sparsity if last else 1 - (1 - self.sparsity) ** (number / self.rounds)
             # before the last round so much need not have gone yet from every layer
             keep = keep_highest(scores, sparsity, low if last else 0.0, high, owner="SynFlow's score")
-        assert keep is not None and whole is not None  # noqa: S101, PT018  (at least one round)
-        return keep, whole
+        return keep

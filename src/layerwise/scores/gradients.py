@@ -5,7 +5,7 @@ accumulated in `.grad`, no hook on a parameter fires and no running statistic mo
 before any training, when their running statistics mean nothing; all else is in evaluation mode, without dropout.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,10 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import DataError, ModelError, ScoreError
 from ..structure import Structure, parameter_of
 from ..tasks.batches import Batch
-from ..tasks.losses import loss_of
-
-Loss = Callable[[nn.Module, Batch], Tensor]
-"""(model, batch) -> scalar with its graph. The default everywhere is `tasks.losses.loss_of`."""
+from ..tasks.losses import Loss, loss_of
 
 
 def gradients(
@@ -123,7 +120,7 @@ class _Stage:
         if not len(data):
             raise DataError("a gradient needs batches with what the loss is taken of; there are none.")
         check_in_memory(model)
-        self.model, self.temperature = model, temperature
+        self.model, self.temperature, self._cooled = model, temperature, temperature == 1
         self._names = [layer.name for layer in structure]
         self._tensors = {n: weights.get(n, parameter).detach() for n, parameter in model.named_parameters()}
         first = {id(parameter): name for name, parameter in model.named_parameters()}  # of the names of a tied tensor
@@ -134,9 +131,7 @@ class _Stage:
 
     def __enter__(self) -> "_Stage":
         self._context.__enter__()
-        self._handle = None
-        if self.temperature != 1:
-            self._handle = self.model.register_forward_hook(self._cooled)
+        self._handle = self.model.register_forward_hook(self._cool) if self.temperature != 1 else None
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -149,6 +144,10 @@ class _Stage:
         renamed = {f"model.{name}": tensor for name, tensor in self._tensors.items()}
         with torch.enable_grad():
             value: Tensor = functional_call(self._whole, renamed, (batch,))
+        if not self._cooled:
+            raise ModelError(
+                f"{type(self.model).__name__} gives no logits that a temperature of {self.temperature:g} could divide. Use 1."
+            )
         if not torch.isfinite(value):
             raise ScoreError(
                 f"the loss is {float(value.detach())}. Check the weights and the data for NaN and overflow."
@@ -170,13 +169,14 @@ class _Stage:
             if one is not None:
                 total[name].add_(one.detach())
 
-    def _cooled(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+    def _cool(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         """The output with its logits divided by the temperature; an output that is one tensor is the logits."""
         if isinstance(output, Tensor):
+            self._cooled = True
             return output / self.temperature
-        if not isinstance(getattr(output, "logits", None), Tensor):
-            raise ModelError(f"{type(module).__name__} gives no logits that a temperature could divide.")
-        output.logits = output.logits / self.temperature
+        if isinstance(logits := getattr(output, "logits", None), Tensor):
+            self._cooled = True
+            output.logits = logits / self.temperature
         return output
 
 

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from ..structure import Structure
 from ..tasks.batches import Batch
-from ..tasks.losses import loss_of
-from .gradients import Loss, hessian_products
+from ..tasks.losses import Loss, loss_of
+from .gradients import hessian_products
 
 
 def gradient_flow(weight: Tensor, product: Tensor) -> Tensor:

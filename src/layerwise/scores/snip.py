@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ..randomness import generator_for
 from ..structure import Layer, Structure, from_matrices, structure_of
 from ..tasks.batches import Batch
-from ..tasks.losses import loss_of
-from .gradients import Loss, gradients
+from ..tasks.losses import Loss, loss_of
+from .gradients import gradients
 
 
 def connection_sensitivity(weight: Tensor, gradient: Tensor) -> Tensor:
