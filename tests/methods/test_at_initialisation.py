@@ -16,7 +16,7 @@ from layerwise.methods.ranked import keep_highest
 from layerwise.scores import snip_scores, synflow_scores
 from layerwise.structure import structure_of
 from layerwise.tasks.batches import Batches
-from models import CifarResNet, inputs_for
+from models import MODELS, CifarResNet, inputs_for
 
 SNIP_SCORES = {"W1": torch.tensor([[4.0, 8], [4, 16]]), "W2": torch.tensor([[4.0, 20]])}
 GRASP_SCORES = {"W1": torch.tensor([[113.0, -226], [149, 596]]), "W2": torch.tensor([[-49.0, 965]])}  # high = keep
@@ -205,6 +205,23 @@ def test_synflow_empties_no_layer_where_one_round_does():
     )
     assert min(once.values()) == 0
     assert min(often.values()) > 0
+
+
+def test_emptied_layers_are_in_the_notes():
+    """Queries and keys of a language model carry no flow of an input of ones; a cap keeps some of them."""
+    model = MODELS["llama"]()
+    data = Batches((inputs_for("llama", model),), {})
+    plan = SynFlow(sparsity=0.5, rounds=5).plan(model, data)
+    emptied = [name for name, entry in plan.layers.items() if entry.prune.sparsity == 1]
+    assert emptied
+    assert all(name.endswith(("q_proj", "k_proj")) for name in emptied)
+    assert plan.notes == (
+        f"{len(emptied)} of 14 layers lose every weight: {', '.join(emptied[:3])}{' and 1 more' * (len(emptied) == 4)}."
+        " A max_sparsity below 1 keeps some",
+    )
+    capped = SynFlow(sparsity=0.5, rounds=5, max_sparsity=0.9).plan(model, data)
+    assert not capped.notes
+    assert max(entry.prune.sparsity for entry in capped.layers.values()) <= 0.9
 
 
 def test_what_went_in_one_round_of_synflow_never_comes_back():

@@ -1,7 +1,7 @@
 """Weights of all layers ranked together: the exact mask that a score of weights asks for, and the plan that counts it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import torch
@@ -51,7 +51,7 @@ def plan_by_rank(
     keep: Mapping[str, Tensor] | None = None,
 ) -> Plan:
     """The plan in which each layer loses as many weights as its mask takes (None: that of `keep_highest`); beside it the mean score of
-    each layer. Scores that are all equal rank nothing: uniform, with a note."""
+    each layer. Scores that are all equal rank nothing: uniform, with a note; another note where layers are emptied."""
     sizes, means = sizes_of(structure), layer_means(scores)
     if sparsity and (value := common(scores)) is not None:
         check_feasible(sizes, sparsity, low, high)
@@ -61,13 +61,22 @@ def plan_by_rank(
         keep = keep_highest(scores, sparsity, low, high, owner=owner)
     zeros = {name: sizes[name] - int(keep[name].sum()) for name in sizes}
     prunes = {name: Prune(sparsity=exact) for name, exact in sparsities_of(zeros, sizes).items()}
-    return plan_with(method, model, structure, sparsity, prunes, means)
+    notes = _emptied([name for name, gone in zeros.items() if gone == sizes[name]], len(sizes))
+    return plan_with(method, model, structure, sparsity, prunes, means, notes)
 
 
 def common(scores: Mapping[str, Tensor]) -> float | None:
     """The one value that all scores have, or None."""
     ends = {float(end) for score in scores.values() for end in score.aminmax()}
     return ends.pop() if len(ends) == 1 else None
+
+
+def _emptied(names: Sequence[str], layers: int) -> tuple[str, ...]:
+    """What global ranking may do, and hardly anybody wants."""
+    if not names:
+        return ()
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (f"{len(names)} of {layers} layers lose every weight: {shown}. A max_sparsity below 1 keeps some",)
 
 
 def _bounded(score: Tensor, low: float, high: float) -> Tensor:

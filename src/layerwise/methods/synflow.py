@@ -1,7 +1,9 @@
 """SynFlow: the weights that carry least flow go, a few at a time, over all layers together (Tanaka et al. 2020, arXiv:2006.05467).
 
-Scored anew after every round, so that no layer is emptied while others are full. Needs one batch, and of it the shapes alone. Departures
-from the official code: D1 exactly so many weights stay, and what went in one round never comes back. D2, D3: see `scores/synflow.py`.
+Scored anew after every round, so that no layer is emptied while others are full. That holds for networks of ReLUs; in attention, queries
+and keys carry next to no flow, since all tokens of an input of ones look alike, and are emptied first: the plan has a note, and
+`max_sparsity` keeps some. Needs one batch, and of it the shapes alone. Departures from the official code, beside those of
+`scores/synflow.py`: D3 exactly so many weights stay, and what went in one round never comes back.
 """
 
 from dataclasses import dataclass

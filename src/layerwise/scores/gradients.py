@@ -140,10 +140,18 @@ class _Stage:
         self._context.__exit__(*error)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Of one batch, with its graph. Raises ScoreError if it is not finite, ModelError if it depends on no chosen layer."""
+        """Of one batch, with its graph. Raises ScoreError if it is not finite, ModelError if it depends on no chosen layer, DataError
+        for a single example where batch norms see one value of each channel."""
         renamed = {f"model.{name}": tensor for name, tensor in self._tensors.items()}
-        with torch.enable_grad():
-            value: Tensor = functional_call(self._whole, renamed, (batch,))
+        try:
+            with torch.enable_grad():
+                value: Tensor = functional_call(self._whole, renamed, (batch,))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise DataError(
+                "batch norms normalise by the batch here: give batches of more than one example."
+            ) from error
         if not self._cooled:
             raise ModelError(
                 f"{type(self.model).__name__} gives no logits that a temperature of {self.temperature:g} could divide. Use 1."
