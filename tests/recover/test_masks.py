@@ -259,6 +259,13 @@ def test_masks_can_be_exchanged_for_others_of_the_same_weights():
         masks.load_state_dict(state | {name: state[name].float()})
 
 
+def test_masks_in_any_memory_layout_can_be_saved(tmp_path):
+    model = nn.Linear(3, 2)
+    keep = torch.tensor([[True, False], [False, True], [True, True]]).T
+    Masks(model, {"weight": keep}).save(tmp_path)
+    assert torch.equal(masks_of(tmp_path)["weight"], keep)
+
+
 def test_masks_of_a_model_that_is_pruned_already():
     model, structure = llama()
     keep = drawn(model, structure)
@@ -286,6 +293,8 @@ def test_bad_masks_are_refused_before_anything_is_done():
             ShapeError, match=r'mask of "weight" is torch\.\w+ .*; the weight takes torch.bool \(2, 3\)'
         ):
             Masks(model, {"weight": bad})
+    with pytest.raises(ConfigError, match=r'two masks are given for "0\.weight"'):
+        Masks(nn.Sequential(model), {"0": torch.ones(2, 3).bool(), "0.weight": torch.ones(2, 3).bool()})
     with pytest.raises(ConfigError, match="no masks to hold"):
         Masks(model, {})
     assert torch.equal(model.weight, before)

@@ -45,10 +45,6 @@ def half_square(model, batch):
     return model(batch["input"]).square().sum() / 2
 
 
-def half_square_sum(model, batch):
-    return model(batch["input"]).square().sum() / 2
-
-
 def batches(*inputs):
     return Batches(tuple({"input": one} for one in inputs), {})
 
@@ -281,9 +277,9 @@ def test_a_loss_that_is_not_finite_or_knows_no_layer_is_an_error():
 def test_one_example_is_too_few_for_batch_norms():
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
     structure = structure_of(model, include=["0", "2"])
-    assert gradients(model, batches(torch.eye(2)), structure, loss=half_square_sum)["0"].any()
+    assert gradients(model, batches(torch.eye(2)), structure, loss=half_square)["0"].any()
     with pytest.raises(DataError, match="batches of more than one example"):
-        gradients(model, batches(X), structure, loss=half_square_sum)
+        gradients(model, batches(X), structure, loss=half_square)
 
 
 def test_a_streamed_model_is_refused():

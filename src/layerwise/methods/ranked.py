@@ -84,9 +84,7 @@ def _bounded(score: Tensor, low: float, high: float) -> Tensor:
     flat = score.detach().flatten().cpu().clone()
     # a bound means the decimal that was written: 0.29 of 100 is 29, though the float product is below it
     may_go = math.floor(Fraction(repr(high)) * flat.numel())
-    must_go = min(
-        may_go, math.ceil(Fraction(repr(low)) * flat.numel())
-    )  # no whole weight between the two: the cap counts
+    must_go = min(may_go, math.ceil(Fraction(repr(low)) * flat.numel()))  # the cap counts where both cannot be had
     if must_go:
         flat[~keep_lowest_out(flat.unsqueeze(0), must_go)[0]] = -math.inf
     if may_go < flat.numel():

@@ -69,7 +69,7 @@ class SynFlow:
         for number in range(1, self.rounds + 1):
             if keep:  # what went is below every score, also where what is left carries nothing: gone is gone
                 scores = synflow_scores(model, needed("SynFlow", data), structure, keep=keep)
-                scores = {name: score.cpu().masked_fill(~keep[name], -1.0) for name, score in scores.items()}
+                scores = {name: score.masked_fill(~keep[name], -1.0) for name, score in scores.items()}
             last = number == self.rounds
             sparsity = self.sparsity if last else 1 - (1 - self.sparsity) ** (number / self.rounds)
             # before the last round so much need not have gone yet from every layer

@@ -28,7 +28,7 @@ class Masks:
 
     keep: names of parameters, or of the modules whose `weight` they are, to bool tensors of the parameter's shape, True = kept.
     The masks are copied, a byte for each weight, and follow the parameters to their device.
-    Raises ConfigError for a name the model does not have, ShapeError for a mask that does not fit.
+    Raises ConfigError for a name the model does not have or that is given twice, ShapeError for a mask that does not fit.
     """
 
     def __init__(self, model: nn.Module, keep: Mapping[str, Tensor]) -> None:
@@ -37,9 +37,12 @@ class Masks:
         self._parameters: dict[str, nn.Parameter] = {}
         self._keep: dict[str, Tensor] = {}
         for given, mask in keep.items():
-            name, self._parameters[name] = _parameter(model, given)
-            _check(name, mask, self._parameters[name])
-            self._keep[name] = mask.clone()
+            name, parameter = _parameter(model, given)
+            _check(name, mask, parameter)
+            if name in self._keep:
+                raise ConfigError(f'two masks are given for "{name}": give one.')
+            self._parameters[name] = parameter
+            self._keep[name] = mask.clone(memory_format=torch.contiguous_format)
         self._handles: list[RemovableHandle] = []
         self._watched: list[Optimizer] = []
         for name, parameter in self._parameters.items():
@@ -101,7 +104,7 @@ class Masks:
             )
         for name, mask in state.items():
             _check(name, mask, self._parameters[name])
-        self._keep = {name: state[name].clone() for name in self._keep}
+        self._keep = {name: state[name].clone(memory_format=torch.contiguous_format) for name in self._keep}
         self.apply()
 
     def save(self, folder: str | Path) -> None:

@@ -80,7 +80,7 @@ def hessian_products(
 
 def layer_means(scores: Mapping[str, Tensor]) -> dict[str, float]:
     """Layer name -> mean score of its weights: one number for tables and plans."""
-    return {name: float(score.mean(dtype=torch.float64)) for name, score in scores.items()}
+    return {name: float(score.cpu().mean(dtype=torch.float64)) for name, score in scores.items()}
 
 
 def check_in_memory(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..randomness import generator_for
-from ..structure import Layer, Structure, from_matrices, structure_of
+from ..structure import Layer, Structure, from_matrices, parameter_of, structure_of
 from ..tasks.batches import Batch
 from ..tasks.losses import Loss, loss_of
 from .gradients import gradients
@@ -34,8 +34,12 @@ def snip_scores(
     """
     weights = xavier_normal(model, seed) if redraw else {}
     found = gradients(model, data, structure, weights=weights, loss=loss)
-    own = {layer.name: weights.get(layer.parameter, model.get_parameter(layer.parameter)) for layer in structure}
-    return {name: connection_sensitivity(own[name].detach(), gradient) for name, gradient in found.items()}
+    redrawn = {
+        id(model.get_parameter(name)): values for name, values in weights.items()
+    }  # a tied tensor has many names
+    own = {layer.name: parameter_of(model, layer) for layer in structure}
+    own_or_drawn = {name: redrawn.get(id(parameter), parameter).detach() for name, parameter in own.items()}
+    return {name: connection_sensitivity(own_or_drawn[name], gradient) for name, gradient in found.items()}
 
 
 def xavier_normal(model: nn.Module, seed: int) -> dict[str, Tensor]:

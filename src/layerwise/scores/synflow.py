@@ -28,11 +28,12 @@ def synaptic_flow(weight: Tensor, gradient: Tensor) -> Tensor:
 def synflow_scores(
     model: nn.Module, data: Sequence[Batch], structure: Structure, *, keep: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Layer name -> score of each of its weights, float64 in the stored shape, >= 0. One forward and backward pass of one example.
+    """Layer name -> score of each of its weights, float64 on the CPU in the stored shape, >= 0. One forward and backward pass of
+    one example.
 
     keep: layer name -> bool in the stored shape, False where a weight is pruned already and carries nothing. In float64, because the
     flow grows by about the width of every layer without a norm; in float32 where there are fused experts, whose kernels take no
-    more. Raises DataError without a batch, ScoreError if it overflows.
+    more, and on MPS, which has no more. Raises DataError without a batch, ScoreError if it overflows.
     """
     if not len(data):
         raise DataError("synflow needs a batch for the shape of the inputs; there is none.")
@@ -58,7 +59,7 @@ def synflow_scores(
         scores[name] = torch.zeros_like(leaf) if gradient is None else synaptic_flow(leaf.detach(), gradient)
         if not scores[name].isfinite().all():
             raise ScoreError(f'layer "{name}": its flow is not finite; the network is too deep without norms for it.')
-    return {name: score.detach().double() for name, score in scores.items()}
+    return {name: score.detach().cpu().double() for name, score in scores.items()}
 
 
 class _Flow(nn.Module):
@@ -97,7 +98,7 @@ def _positive_buffers(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]
 
 def _dtype_for(model: nn.Module) -> torch.dtype:
     experts = any(layer.kind == "experts" for layer in structure_of(model, include=["*"]))
-    return torch.float32 if experts else torch.float64
+    return torch.float32 if experts or next(model.parameters()).device.type == "mps" else torch.float64
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
