@@ -21,7 +21,7 @@ def _importable(monkeypatch):
 
 def test_calibration_error_by_hand():
     """Two bins: two images at 0.9, one right (off by 0.4); two at 0.6, both right (off by 0.4)."""
-    from random_pruning import calibration_error
+    from resnet20 import calibration_error
 
     said = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.6, 0.4]])
     assert calibration_error(said, torch.tensor([0, 1, 0, 0])) == pytest.approx(0.4)
@@ -35,7 +35,7 @@ def test_calibration_error_by_hand():
 
 def test_auroc_by_hand():
     """Of 3 x 2 pairs: 0.9 is above both, 0.5 above one and level with the other, 0.1 above none: 3.5 of 6."""
-    from random_pruning import auroc
+    from resnet20 import auroc
 
     inside, outside = torch.tensor([0.5, 0.9, 0.1]), torch.tensor([0.3, 0.5])
     assert auroc(inside, outside) == pytest.approx(3.5 / 6)
@@ -45,7 +45,7 @@ def test_auroc_by_hand():
 
 
 def test_the_network_is_resnet20_and_its_operations_are_counted():
-    from random_pruning import ResNet20, multiply_adds
+    from resnet20 import ResNet20, multiply_adds
 
     model = ResNet20(16)
     structure = lw.structure_of(model, include=["*"])
@@ -66,7 +66,7 @@ def test_the_network_is_resnet20_and_its_operations_are_counted():
 
 
 def test_augmented_images_are_crops_of_the_padded_one_or_of_its_mirror():
-    from random_pruning import augmented
+    from resnet20 import augmented
 
     image = torch.arange(3 * 16 * 16, dtype=torch.float32).reshape(1, 3, 16, 16)
     padded = torch.nn.functional.pad(image, [2] * 4, mode="reflect")[0]
