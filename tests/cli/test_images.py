@@ -62,3 +62,16 @@ def test_what_a_classifier_has_no_use_for_is_refused(here, capsys, option):
     more = [] if option[0] == "--tasks" else ["--data", "images.npz"]
     assert main(["evaluate", "model", *more, *option]) == 2
     assert re.search("an image classifier", capsys.readouterr().err)
+
+
+def test_a_method_with_a_loss_takes_the_labels(here, capsys):
+    plan = "plan model --method snip-ratio --sparsity 0.5 --data images.npz --samples 8 -o plan.yaml".split()
+    assert main([*plan, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["plan"]
+    assert found["budget"]["achieved"] == pytest.approx(0.5, abs=1e-4)
+    assert len({round(entry["prune"]["sparsity"], 2) for entry in found["layers"].values()}) > 1
+    with np.load(here / "images.npz") as data:
+        np.savez(here / "bare.npz", images=data["images"])
+    plan[plan.index("images.npz")] = "bare.npz"
+    assert main([*plan, "--force"]) == 2
+    assert "needs labels" in capsys.readouterr().err

@@ -56,10 +56,11 @@ def test_methods_lists_all(here, capsys):
 
 
 def test_inspect_shows_a_score_of_every_block(here, capsys):
-    found = as_json(
-        capsys, "inspect", "model", "--score", "outlier-ratio", "--data", "text.txt", "--samples", "2", "--length", "16"
-    )
+    drawn = ("--data", "text.txt", "--samples", "2", "--length", "16")
+    found = as_json(capsys, "inspect", "model", "--score", "outlier-ratio", *drawn)
     assert set(found["scores"]) == {layer["block"] for layer in found["layers"]}
+    by_layer = as_json(capsys, "inspect", "model", "--score", "snip", *drawn)
+    assert set(by_layer["scores"]) == {layer["name"] for layer in found["layers"]}
     assert main(["inspect", "model", "--score", "outlier-rato", "--data", "text.txt"]) == 2
     assert 'Did you mean "outlier-ratio"?' in capsys.readouterr().err
 

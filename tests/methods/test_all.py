@@ -39,6 +39,11 @@ ROWS = [
     Row("ecoflap", settings={"samples": 2}, bad={"order": "second"}, word="order", loss=True),
     Row("alpha-pruning", settings={"fit": "mid"}, bad={"spread": 1.5}, word="spread"),
     Row("farms", settings={"window": 8, "fit": "mid"}, bad={"per": "model"}, word="per"),
+    Row("snip", bad={"max_sparsity": 1.5}, word="max_sparsity", loss=True),
+    Row("snip-ratio", settings={"seed": 3}, bad={"redraw": 1}, word="redraw=1: give true or false", loss=True),
+    Row("grasp", bad={"temperature": 0.0}, word="temperature", loss=True),
+    Row("grasp-ratio", settings={"temperature": 1.0}, bad={"temperature": -1.0}, word="temperature", loss=True),
+    Row("synflow", settings={"rounds": 3}, bad={"rounds": 0}, word="rounds"),
     Row("random", settings={"seed": 3}, bad={"spread": -0.1}, word="spread"),
     Row("auto", settings={"only": "erk", "solver": "magnitude"}, bad={"only": "eerk"}, word='"erk"'),
 ]

@@ -54,7 +54,7 @@ def solve_group(
     try:
         statistics = group.statistics() if solver.needs != "none" else [None] * first.matrices
         weights = [as_matrices(parameter_of(model, layer).detach(), layer).float() for layer in group.layers]
-        shares = [_per_matrix(layer, prunes[layer.name]) for layer in group.layers]
+        shares = [per_matrix(layer, prunes[layer.name]) for layer in group.layers]
         new = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
         solved: list[list[Solved]] = []
         sizes: list[list[float | None]] = []
@@ -79,7 +79,7 @@ def solve_group(
     return events
 
 
-def _per_matrix(layer: Layer, prune: Prune) -> list[Prune]:
+def per_matrix(layer: Layer, prune: Prune) -> list[Prune]:
     """The layer's exact count of zeros (`Prune.zeros`), spread over its matrices in whole weights, rows, columns or blocks."""
     if layer.matrices == 1 or prune.nm:  # n:m leaves no choice
         return [prune] * layer.matrices

@@ -9,8 +9,11 @@ from .base import Method
 from .ecoflap import ECoFLaP
 from .erdos_renyi import ER, ERK, ERKPlus
 from .farms import FARMS
+from .grasp import GraSP, GraSPRatio
 from .owl import OWL
 from .random_ratios import RandomRatios
+from .snip import SNIP, SNIPRatio
+from .synflow import SynFlow
 from .uniform import Uniform
 from .uniform_plus import UniformPlus
 
@@ -20,13 +23,18 @@ __all__ = [
     "FARMS",
     "METHODS",
     "OWL",
+    "SNIP",
     "AlphaPruning",
     "Auto",
     "ECoFLaP",
     "ERKPlus",
+    "GraSP",
+    "GraSPRatio",
     "Method",
     "RandomRatios",
+    "SNIPRatio",
     "Search",
+    "SynFlow",
     "Uniform",
     "UniformPlus",
     "method_from",
@@ -42,6 +50,11 @@ METHODS: dict[str, type[Method]] = {
     "ecoflap": ECoFLaP,
     "alpha-pruning": AlphaPruning,
     "farms": FARMS,
+    "snip": SNIP,
+    "snip-ratio": SNIPRatio,
+    "grasp": GraSP,
+    "grasp-ratio": GraSPRatio,
+    "synflow": SynFlow,
     "random": RandomRatios,
     "auto": Auto,
 }
