@@ -87,7 +87,7 @@ def test_the_plan_that_spares_the_working_block_wins():
     assert by_name["impossible"].reason == "not with this model."
     assert by_name["impossible"].divergence is None
     assert search.plan.method == {
-        "name": "auto", "sparsity": 0.5, "only": "", "solver": "wanda", "minutes": 0.0, "seed": 0,
+        "name": "auto", "sparsity": 0.5, "only": "", "solver": "wanda", "judged": 8192, "minutes": 0.0, "seed": 0,
         "min_sparsity": 0.0, "max_sparsity": 1.0,
     }  # fmt: skip
 

@@ -63,6 +63,10 @@ Set = Annotated[
 ]
 MinSparsity = Annotated[float | None, _option(HOW, "S", "No layer below this.")]
 MaxSparsity = Annotated[float | None, _option(HOW, "S", "No layer above this.")]
+Minutes = Annotated[
+    float | None,
+    _option(HOW, "M", "With --method auto: try no further plan after so many minutes.  [dim]default: all[/]"),
+]
 Apply = Annotated[Path | None, _option(HOW, "FILE", "Apply this plan instead of making one.", "--plan")]
 Edit = Annotated[Path | None, _option(HOW, "PLAN", "Start from this plan instead of a method.")]
 Rebalance = Annotated[

@@ -7,10 +7,10 @@ standard error of the paired differences does not count. A search that does not 
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -28,8 +28,22 @@ from .assemble import found, sizes_of
 from .base import Method, check_sparsities
 from .tried import Record, Tried, paired
 
-DIALS = {"owl": "spread", "random": "spread", "erk": "power"}  # what sets a plan apart from uniform
-TURNS = (0.5, 1.0, 2.0)  # how far each dial is turned, in its default
+_SPREADS = tuple({"spread": 0.3 * turn} for turn in (1.0, 0.5, 2.0))  # of methods that spread by a share of the target
+# settings beside the method's own that are tried: its dial at the default, half and twice as far, or another order
+VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "random": ({"spread": 0.08}, {"spread": 0.04}, {"spread": 0.16}),
+    "erk": ({"power": 1.0}, {"power": 0.5}, {"power": 2.0}),
+    "owl": ({"spread": 0.08}, {"spread": 0.04}, {"spread": 0.16}),
+    "alpha-pruning": _SPREADS,
+    "farms": _SPREADS,
+    "ecoflap": ({"order": "first"}, {"order": "zeroth"}),
+}
+LATE = (
+    "alpha-pruning",
+    "farms",
+    "ecoflap",
+    "synflow",
+)  # take minutes to hours on large models, so a time limit drops them first
 FINALISTS = 3  # plans that are held against uniform on unseen data
 Progress = Callable[[int, int, str], None]
 
@@ -45,9 +59,8 @@ class Auto:
     sparsity: float = 0.5
     only: str = ""  # "owl,erk": methods to try beside uniform and random; "": all
     solver: str = "wanda"  # the one that will be used: what suits one solver need not suit another
-    minutes: float = (
-        0.0  # start no candidate after that long; 0: try all. With a limit the machine's speed decides, too
-    )
+    judged: int = 8192  # tokens (samples, where there are none) that a plan is held against, and again for the verdict
+    minutes: float = 0.0  # start no candidate after that long (then the machine's speed decides, too); 0: try all
     seed: int = 0
     min_sparsity: float = 0.0
     max_sparsity: float = 1.0
@@ -56,6 +69,8 @@ class Auto:
         check_sparsities("Auto", self.sparsity, self.min_sparsity, self.max_sparsity)
         if not self.minutes >= 0:
             raise ConfigError(f"Auto.minutes={self.minutes:g}: give a time limit in minutes, or 0 for none.")
+        if self.judged < 1:
+            raise ConfigError(f"Auto.judged={self.judged}: give a number of tokens, 1 or more.")
         solver_from({"name": self.solver})
         candidates(self)
 
@@ -98,7 +113,7 @@ class Search:
 
 
 def candidates(auto: Auto) -> dict[str, Method]:
-    """Name -> method set up for this search: uniform and random first, then those that look at no data, then the others."""
+    """Name -> method set up for this search: uniform and random first, then those that look at no data, the slow ones last."""
     from . import METHODS  # which has Auto in it
 
     others = [name for name in METHODS if name not in ("uniform", "random", auto.name)]
@@ -107,29 +122,39 @@ def candidates(auto: Auto) -> dict[str, Method]:
         raise ConfigError(
             f'Auto.only="{auto.only}": "{unknown[0]}" is no method to try.{nearest(unknown[0], others)} Methods: {", ".join(others)}.'
         )
-    chosen = sorted(
-        asked or others, key=lambda name: METHODS[name].needs_data
-    )  # stable: else in the order of the table
+    # stable: else in the order of the table
+    chosen = sorted(asked or others, key=lambda name: (name in LATE, METHODS[name].needs_data))
     made: dict[str, Method] = {}
     for name in ["uniform", "random", *(name for name in chosen if name not in ("uniform", "random"))]:
-        made |= dict(_turned(auto, name, METHODS[name]))
+        made |= _variants(auto, name, METHODS[name])
     return made
 
 
-def _turned(auto: Auto, name: str, kind: type[Method]) -> Iterator[tuple[str, Method]]:
-    """The method at its default, and with its dial turned down and up."""
-    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
-    common = {
-        key: value for key, value in asdict(auto).items() if key in known and key not in ("solver", "only", "minutes")
-    }
-    dial = DIALS.get(name)
-    if dial is None:
-        yield name, kind(**common)
-        return
-    default = known[dial].default
-    for turn in sorted(TURNS, key=lambda turn: turn != 1.0):
-        value = round(default * turn, 6)  # type: ignore[operator]
-        yield f"{name} {dial}={value:g}", kind(**common, **{dial: value})
+def _variants(auto: Auto, name: str, kind: type[Method]) -> dict[str, Method]:
+    """The method with the settings of the search that it knows, once for each of its variants."""
+    known = {one.name for one in fields(kind)}  # type: ignore[arg-type]
+    given: dict[str, Any] = {"sparsity": auto.sparsity, "seed": auto.seed}
+    # a bound that was not asked for leaves the method its own
+    bounds = {"min_sparsity": (auto.min_sparsity, 0.0), "max_sparsity": (auto.max_sparsity, 1.0)}
+    given |= {key: value for key, (value, free) in bounds.items() if value != free}
+    common = {key: value for key, value in given.items() if key in known}
+    made = {}
+    for more in VARIANTS.get(name, ({},)):
+        words = [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in more.items()]
+        made[" ".join([name, *words])] = kind(**common, **more)
+    return made
+
+
+def _enough(batches: Sequence[Batch], rows: int) -> list[Batch]:
+    """The first batches that hold so many tokens (samples, where there are no tokens), or all of them."""
+    chosen, held = list[Batch](), 0
+    for batch in batches:
+        if held >= rows:
+            break
+        chosen.append(batch)
+        tokens = batch.get("decoder_input_ids", batch.get("input_ids"))
+        held += tokens.numel() if tokens is not None else len(next(iter(batch.values())))
+    return chosen
 
 
 @dataclass
@@ -143,6 +168,7 @@ class _Hunt:
     unseen: Sequence[Batch]
     record: Path | None
     progress: Progress
+    plans: dict[str, Plan] = field(default_factory=dict)
 
     def run(self) -> Search:
         solver: Solver = solver_from({"name": self.auto.solver})
@@ -177,6 +203,7 @@ class _Hunt:
         try:
             plan = method.plan(self.model, self.seen, structure=self.structure)
             divergences = self._judged(plan, trials, yardstick)
+            self.plans[name] = plan
         except LayerwiseError as error:
             if name == "uniform":  # then nothing can be done
                 raise
@@ -186,7 +213,7 @@ class _Hunt:
 
     def _yardstick(self, batches: Sequence[Batch]) -> Yardstick:
         with undisturbed([self.model]):
-            return Yardstick(self.model, batches)
+            return Yardstick(self.model, _enough(batches, self.auto.judged))
 
     def _judged(self, plan: Plan, trials: Trials, yardstick: Yardstick) -> list[float]:
         with trials.pruned(plan), undisturbed([self.model]):
@@ -195,31 +222,33 @@ class _Hunt:
     def _verdict(self, methods: dict[str, Method], tried: list[Tried], trials: Trials) -> Search:
         ranked = sorted((one for one in tried if one.divergence is not None), key=lambda one: one.divergence or 0.0)
         finalists = [one.name for one in ranked if one.name != "uniform"][:FINALISTS]
-        yardstick, plans, unseen = self._yardstick(self.unseen), {}, {}
+        yardstick, plans, unseen = self._yardstick(self.unseen), self.plans, {}
         for name in ["uniform", *finalists]:
-            plans[name] = methods[name].plan(self.model, self.seen, structure=self.structure)
+            if name not in plans:  # judged by a search that was killed
+                plans[name] = methods[name].plan(self.model, self.seen, structure=self.structure)
             unseen[name] = self._judged(plans[name], trials, yardstick)
         tried = [one.with_unseen(unseen.get(one.name)) for one in tried]
-        uniform = _mean(unseen["uniform"])
+        uniform, what = _mean(unseen["uniform"]), "KL divergence" if yardstick.logits else "relative squared error"
         for name in finalists:
             gain, error = paired(unseen["uniform"], unseen[name])
             if gain > error:
                 verdict = (
-                    f"{name}: KL divergence {_mean(unseen[name]):.4f} beside uniform's {uniform:.4f} on data the search did not see"
+                    f"{name}: {what} {_mean(unseen[name]):.4f} beside uniform's {uniform:.4f} on data the search did not see"
                     f" ({gain:.4f} closer, standard error {error:.4f}; {len(ranked)} plans tried with {self.auto.solver})."
                 )
-                return Search(self._signed(plans[name], name), tuple(tried), verdict)
+                return Search(self._signed(plans[name], verdict), tuple(tried), verdict)
         closest = min(finalists, key=lambda name: _mean(unseen[name]), default="none")
         verdict = (
             f"uniform: of {len(ranked)} plans tried with {self.auto.solver}, none is closer to the dense model than uniform"
-            f" ({uniform:.4f}) beyond the standard error on data the search did not see"
+            f" ({what} {uniform:.4f}) beyond the standard error on data the search did not see"
             + (f"; the nearest was {closest} ({_mean(unseen[closest]):.4f})." if finalists else ".")
         )
-        return Search(self._signed(plans["uniform"], "uniform"), tuple(tried), verdict)
+        return Search(self._signed(plans["uniform"], verdict), tuple(tried), verdict)
 
-    def _signed(self, plan: Plan, name: str) -> Plan:
-        """The plan, signed by the search and with its choice beside it."""
-        return Plan.model_validate({**plan.to_dict(), "method": {"name": Auto.name, **asdict(self.auto)}})
+    def _signed(self, plan: Plan, verdict: str) -> Plan:
+        """The plan, signed by the search and with the verdict among its notes."""
+        method = {"name": Auto.name, **asdict(self.auto)}
+        return plan.model_copy(update={"method": method, "notes": (*plan.notes, verdict)})
 
 
 def _mean(values: list[float]) -> float:

@@ -121,7 +121,7 @@ def _recipes(
             for name in names:
                 # settings are for the methods asked for; the controls have none that matter
                 choice = MethodChoice(name, budget, pattern, set=settings if name in asked else ())
-                found += [Recipe(name, choice.build(seed=seed), budget, seed, one) for seed in seeds]
+                found += [Recipe(name, choice.build(seed=seed, solver=one.name), budget, seed, one) for seed in seeds]
     return found
 
 
