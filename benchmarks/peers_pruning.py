@@ -222,10 +222,11 @@ class Report:
             "| model | method | side | times faster | times less peak | times less grown | perplexity, mean change (each repeat) |",
             "|---|---|---|--:|--:|--:|--:|",
         ]
-        peers = {(row["model"], row["method"]): row for row in self.rows if row["side"] == "llm-compressor"}
-        for row in self.rows:
+        rows = self.rows
+        peers = {(row["model"], row["method"]): row for row in rows if row["side"] == "llm-compressor"}
+        for row in rows:
             peer = peers.get((row["model"], row["method"]))
-            if peer and row is not peer:
+            if peer and row["side"] != "llm-compressor":
                 faster, peak, grown = (peer[key] / row[key] for key in ("seconds", "peak_bytes", "grown_bytes"))
                 changes = [a / b - 1 for a, b in zip(row["perplexities"], peer["perplexities"], strict=True)]
                 lines.append(
