@@ -58,3 +58,12 @@ def test_compress_searches_with_its_solver(capsys):
 def test_other_methods_take_no_minutes(capsys):
     assert main(["plan", "model", "--method", "erk", "--minutes", "3"]) == 2
     assert "takes no --minutes" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("here")
+def test_a_plan_goes_on_with_the_solver_it_was_found_for(capsys):
+    assert main(["plan", "model", *AUTO, "--set", "solver=magnitude", *TEXT, "-o", "plan.yaml"]) == 0
+    assert Plan.load("plan.yaml").solver["name"] == "magnitude"
+    capsys.readouterr()
+    assert main(["compress", "model", *AUTO, "--set", "solver=magnitude", *TEXT, "-o", "out"]) == 2
+    assert "the solver of this command is given by --solver" in capsys.readouterr().err

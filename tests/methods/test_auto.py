@@ -7,14 +7,15 @@ from typing import ClassVar
 
 import pytest
 import torch
-from torch import nn
 
 import layerwise.methods as methods
+from layerwise.engine import Settings
 from layerwise.errors import BudgetError, ConfigError, DataError
 from layerwise.methods import Auto
 from layerwise.methods.assemble import found, plan_of
-from layerwise.methods.auto import candidates
-from layerwise.methods.tried import Tried, paired
+from layerwise.methods.candidates import candidates
+from layerwise.methods.tried import Record, Tried, paired
+from layerwise.solvers import SparseGPT
 from layerwise.structure import structure_of
 from layerwise.tasks import Batches
 from models import MODELS, inputs_for
@@ -86,6 +87,11 @@ def test_the_plan_that_spares_the_working_block_wins():
     assert by_name["shift"].unseen < by_name["uniform"].unseen
     assert by_name["impossible"].reason == "not with this model."
     assert by_name["impossible"].divergence is None
+    assert search.plan.solver == {
+        "name": "wanda",
+        "compare": "row",
+        "reference": False,
+    }  # a plan for another might not suit it
     assert search.plan.method == {
         "name": "auto", "sparsity": 0.5, "only": "", "solver": "wanda", "judged": 8192, "minutes": 0.0, "seed": 0,
         "min_sparsity": 0.0, "max_sparsity": 1.0,
@@ -100,7 +106,7 @@ def test_uniform_is_returned_when_nothing_beats_it_and_said():
     uniform = next(one for one in search.tried if one.name == "uniform")
     assert random.divergence > uniform.divergence  # with this seed; with others chance finds the idle block, too
     assert search.plan.layers == methods.Uniform(sparsity=0.5).plan(model).layers
-    assert search.verdict.startswith("uniform: of ")
+    assert search.verdict.startswith("uniform: 5 plans tried")
     assert "none is closer" in search.verdict
 
 
@@ -156,7 +162,7 @@ def test_without_time_only_uniform_is_tried_and_the_others_say_why():
     model, data = _case(4)
     search = Auto(sparsity=0.5, minutes=1e-9).search(model, data)
     assert [one.reason for one in search.tried] == ["", *["no time was left"] * (len(search.tried) - 1)]
-    assert search.verdict.startswith("uniform: of 1 plans tried")
+    assert search.verdict.startswith("uniform: 1 plan tried with wanda")
 
 
 def test_bad_requests_are_one_line():
@@ -181,17 +187,72 @@ def test_a_model_that_denoises_is_judged_by_its_output():
 
 
 def test_paired_by_hand():
-    assert paired([3.0, 5.0], [1.0, 1.0]) == (3.0, pytest.approx(1.0))  # gains 2, 4: deviation sqrt(2), over sqrt(2)
-    assert paired([3.0], [1.0]) == (2.0, 0.0)
-    assert paired([3.0, 1.0], [math.inf, 1.0]) == (-math.inf, 0.0)
-    assert paired([math.inf], [1.0]) == (math.inf, 0.0)
-    assert Tried("a", 1.0).with_unseen([1.0, 3.0]).unseen == 2.0
+    # gains 2, 4: deviation sqrt(2), over sqrt(2)
+    assert paired(torch.tensor([3.0, 5.0]), torch.tensor([1.0, 1.0])) == (3.0, pytest.approx(1.0))
+    # in two parts: means 1 and 3 of neighbours that are alike
+    four = torch.tensor([1.0, 1.0, 3.0, 3.0])
+    assert paired(four, torch.zeros(4), parts=2) == (2.0, pytest.approx(1.0))
+    assert paired(torch.tensor([3.0]), torch.tensor([1.0])) == (2.0, math.inf)  # one row can tell nothing
+    infinite = torch.tensor([math.inf, 1.0])
+    assert paired(torch.tensor([3.0, 1.0]), infinite) == (-math.inf, 0.0)
+    assert paired(infinite, torch.tensor([3.0, 1.0])) == (math.inf, 0.0)
+    assert Tried("a", 1.0).with_unseen(torch.tensor([1.0, 3.0])).unseen == 2.0
     assert Tried("a", 1.0).with_unseen(None).unseen is None
+
+
+def test_what_runs_out_of_memory_is_a_row_and_does_not_end_the_search(monkeypatch):
+    model, data = _case(4)
+
+    def too_large(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("tried to allocate 95 GiB")
+
+    monkeypatch.setattr(methods.ERK, "plan", too_large)
+    search = Auto(sparsity=0.5, only="erk").search(model, data)
+    reasons = {one.name: one.reason for one in search.tried}
+    assert reasons["erk power=1"] == "OutOfMemoryError: tried to allocate 95 GiB"
+    assert reasons["uniform"] == ""
+
+
+def test_what_ends_the_process_twice_is_not_tried_a_third_time(tmp_path):
+    key, file = {"model": "a"}, tmp_path / "tried.json"
+    for attempt in range(2):
+        with Record(file, key) as record:
+            assert record.get("snip") is None, attempt
+            record.begin("snip")  # killed: neither added nor stopped
+    with Record(file, key) as record:
+        assert "the process ended 2 times" in record.get("snip").reason
+        record.stop("snip")
+        assert record.get("snip") is None
+
+
+def test_two_searches_do_not_share_a_record(tmp_path):
+    with (
+        Record(tmp_path / "tried.json", {}),
+        pytest.raises(ConfigError, match="another search is at it"),
+        Record(tmp_path / "tried.json", {}),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_methods_without_bounds_are_held_to_those_of_the_search():
+    model, data = _case(4)
+    auto = Auto(sparsity=0.5, only="uniform-plus", min_sparsity=0.4, max_sparsity=0.5005)
+    reason = next(one.reason for one in auto.search(model, data).tried if one.name == "uniform-plus")
+    assert "outside the bounds" in reason
+
+
+def test_the_run_that_will_follow_is_the_one_that_is_tried():
+    model, data = _case(4)
+    solver = SparseGPT(damp=0.5)
+    search = Auto(sparsity=0.5, only="erk").search(model, data, solver=solver, settings=Settings(propagate="dense"))
+    assert search.plan.solver["damp"] == 0.5
+    other = Auto(sparsity=0.5, only="erk").search(model, data, solver=solver)
+    assert [one.divergence for one in search.tried] != [one.divergence for one in other.tried]
 
 
 def test_the_weights_are_whole_afterwards():
     model, data = _case(4)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert isinstance(model, nn.Module)
     Auto(sparsity=0.5, only="owl", solver="sparsegpt").plan(model, data)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -12,6 +12,7 @@ from .screen import Screen, table
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..engine import Settings
     from ..methods import Search
     from ..plan import Plan
     from ..solvers import Solver
@@ -27,12 +28,13 @@ def make_plan(
     data: "Batches | None",
     screen: Screen,
     solver: "Solver | None" = None,
+    settings: "Settings | None" = None,
     record: Path | None = None,
 ) -> "tuple[Plan, Search | None]":
     """Scores, allocation, plan; checked against the model, its notes said, and what was tried where that was a search.
 
-    record: where a search writes what it has tried, so that it goes on after a kill; removed at its end. Raises BudgetError,
-    ScoreError, PlanError.
+    solver, settings: of the run that will follow. record: where a search writes what it has tried, so that it goes on after a kill;
+    whoever saves what came of it removes it. Raises BudgetError, ScoreError, PlanError.
     """
     from ..methods import Auto
     from ..scores import alphas_kept, watched
@@ -40,19 +42,24 @@ def make_plan(
     search: Search | None = None
     with screen.task(f"Planning with {name_of(method)}") as step, alphas_kept(alphas_folder()):
         if isinstance(method, Auto):
-            search = method.search(model, data, structure=structure, record=record, progress=step)
+            search = method.search(
+                model, data, structure=structure, solver=solver, settings=settings, record=record, progress=step
+            )
             plan = search.plan
         else:
             with watched(step):
                 plan = method.plan(model, data, structure=structure)
     if search is not None:
         _show_search(search, screen)
-        if record is not None:
-            record.unlink(missing_ok=True)
     show_notes(plan.notes, screen)
     plan = with_facts(plan, choice, structure, solver)
     plan.check(structure.layers, blocks=[block.name for block in structure.blocks], fingerprint=structure.fingerprint)
     return plan, search
+
+
+def record_of(output: Path) -> Path:
+    """Where a search for this output writes what it has tried."""
+    return output.with_name(f"{output.name}.search.json")
 
 
 def tried_of(search: "Search | None") -> dict[str, Any]:

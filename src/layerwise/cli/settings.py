@@ -51,6 +51,8 @@ class MethodChoice:
                     )
             given |= {key: value for key, value in more.items() if key in known}
         settings = pairs(self.set, "--set")
+        if "solver" in settings and "solver" in more:
+            raise ConfigError(f"--set solver={settings['solver']}: the solver of this command is given by --solver.")
         if twice := [key for key in common if key in settings and getattr(self, key) is not None]:
             raise ConfigError(
                 f"--{twice[0].replace('_', '-')} and --set {twice[0]}=: the same setting twice. Give it once."

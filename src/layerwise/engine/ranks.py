@@ -4,6 +4,7 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -34,7 +35,9 @@ class Ranks:
     def join(cls, device: torch.device | None = None) -> "Ranks":
         """Join the group that `torchrun` describes in the environment; alone if it does not."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device is not None and device.type == "cuda" else "gloo")
+            # ranks wait for as long as rank 0 searches for a plan or saves; the launcher ends them if it fails
+            backend = "nccl" if device is not None and device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(days=7))
         return cls.current()
 
     def share_of(self, batches: Sequence[T]) -> list[T]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -36,16 +36,20 @@ class Trials:
     nothing but the masks. One that asks for the gram walks over the model each time. Holds a copy of the layers' weights.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, solver: Solver, data: Batches, seed: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, structure: Structure, solver: Solver, data: Batches, settings: Settings | None = None
+    ) -> None:
         if store_of(model) is not None:
             raise ConfigError(
                 "plans cannot be tried on a streamed model: load it whole, or choose a method that needs no trials."
             )
-        self.model, self.structure, self.solver, self.data, self.seed = model, structure, solver, data, seed
+        # by this process alone: whoever searches need not do so on every rank
+        self.settings = replace(settings or Settings(), work=None, alone=True)
+        self.model, self.structure, self.solver, self.data = model, structure, solver, data
         self._dense = {layer.name: parameter_of(model, layer).detach().clone() for layer in structure.layers}
         self._known: dict[str, list[InputStatistics | None]] = {}
         if solver.needs == "squares" and any(block.layers for block in structure.blocks):
-            for _, found in collect_dense(model, structure, data, "squares"):
+            for _, found in collect_dense(model, structure, data, "squares", device=self.settings.device):
                 self._known |= found
 
     @contextmanager
@@ -59,9 +63,8 @@ class Trials:
                     parameter_of(self.model, layer).copy_(self._dense[layer.name])
 
     def _by_walk(self, plan: Plan) -> tuple[str, ...]:
-        settings = Settings(seed=self.seed)
         result = compress(
-            self.model, plan, solver=self.solver, data=self.data, settings=settings, structure=self.structure
+            self.model, plan, solver=self.solver, data=self.data, settings=self.settings, structure=self.structure
         )
         return result.notes
 
@@ -72,6 +75,6 @@ class Trials:
         for layer in self.structure.layers:
             if layer.name in prunes:
                 group = _Known([layer], self._known.get(layer.name, [None] * layer.matrices))
-                for event in solve_group(self.model, group, prunes, self.solver, self.seed):
+                for event in solve_group(self.model, group, prunes, self.solver, self.settings.seed):
                     notes += [f"{event.layer}: {note}" for note in event.notes]
         return tuple(notes)

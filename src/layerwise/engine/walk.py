@@ -37,12 +37,14 @@ class Settings:
 
     device: where each block is for its turn; None: where the model is. work: a folder that finished blocks are written to, and from
     which a killed run goes on; a `Work` that is entered already stays the caller's. seed: of solvers that draw.
+    alone: do all of it in this process, also under torchrun.
     """
 
     propagate: Propagate = "compressed"
     device: torch.device | None = None
     work: str | Work | None = None
     seed: int = 0
+    alone: bool = False
 
     def __post_init__(self) -> None:
         if self.propagate not in ("compressed", "dense"):
@@ -80,7 +82,7 @@ def walk(
     prunes = check(plan, structure)
     units = units_of(model, structure, prunes)
     check_solver(solver, prunes, structure, data)
-    ranks = Ranks.current()
+    ranks = Ranks() if settings.alone else Ranks.current()
     if store_of(model) is not None and not settings.work:
         raise ConfigError("a streamed model needs a work folder to keep its finished blocks in: Settings(work=...).")
     with _opened(settings.work, ranks) as work:

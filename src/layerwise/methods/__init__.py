@@ -4,7 +4,7 @@ from typing import Any
 
 from ..settings import build
 from .alpha_pruning import AlphaPruning
-from .auto import Auto, Search
+from .auto import Auto
 from .base import Method
 from .ecoflap import ECoFLaP
 from .erdos_renyi import ER, ERK, ERKPlus
@@ -12,6 +12,7 @@ from .farms import FARMS
 from .grasp import GraSP, GraSPRatio
 from .owl import OWL
 from .random_ratios import RandomRatios
+from .search import Search
 from .snip import SNIP, SNIPRatio
 from .synflow import SynFlow
 from .uniform import Uniform

@@ -1,14 +1,22 @@
 """What a search has tried, kept in a file as it goes, so that a search that was killed goes on."""
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from ..engine.lock import FileLock
 from ..engine.work import write_whole
-from ..errors import ConfigError
+from ..errors import ConfigError, OutputError
+
+_PAIRS = 32  # parts of the data that two plans are compared on
+_ENDED = 2  # so often may the process end while a plan is being tried
 
 
 @dataclass(frozen=True)
@@ -22,46 +30,97 @@ class Tried:
     seconds: float = 0.0
     reason: str = ""
 
-    def with_unseen(self, divergences: Sequence[float] | None) -> "Tried":
-        return self if divergences is None else replace(self, unseen=sum(divergences) / len(divergences))
+    def with_unseen(self, rows: Tensor | None) -> "Tried":
+        return self if rows is None else replace(self, unseen=float(rows.mean()))
 
 
-class Record:
-    """The file of one search; without a path nothing is kept. Raises ConfigError if the file is another search's."""
+class Record(AbstractContextManager["Record"]):
+    """The file of one search, ours alone within the context; without a path nothing is kept.
+
+    Raises ConfigError if the file is another search's or another process is at it, OutputError if it cannot be written.
+    """
 
     def __init__(self, path: Path | None, key: Mapping[str, str]) -> None:
         self.path, self.key = path, dict(key)
         self._tried: dict[str, Tried] = {}
-        if path is None or not path.exists():
+        self._begun: dict[str, int] = {}
+        self._lock = None if path is None else FileLock(path.with_name(f"{path.name}.lock"))
+
+    def __enter__(self) -> "Record":
+        if self.path is None or self._lock is None:
+            return self
+        try:
+            ours = self._lock.take()
+        except OSError as error:
+            raise OutputError(f'record "{self.path}" cannot be made: {error.strerror}.') from error
+        if not ours:
+            raise ConfigError(
+                f'record "{self.path}": another search is at it. Wait for that to end, or write elsewhere.'
+            )
+        try:
+            self._read(self.path)
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def get(self, name: str) -> Tried | None:
+        """What is known of it; one that ended the process time and again counts as tried."""
+        if self._begun.get(name, 0) >= _ENDED:
+            return Tried(name, reason=f"the process ended {_ENDED} times while it was tried: too little memory?")
+        return self._tried.get(name)
+
+    def begin(self, name: str) -> None:
+        """It is being tried: if the process ends now, that will be known."""
+        self._begun[name] = self._begun.get(name, 0) + 1
+        self._write()
+
+    def stop(self, name: str) -> None:
+        """The user stopped it; that is not its fault."""
+        self._begun.pop(name, None)
+        self._write()
+
+    def add(self, tried: Tried) -> None:
+        self._tried[tried.name] = tried
+        self._begun.pop(tried.name, None)
+        self._write()
+
+    def _write(self) -> None:
+        if self.path is not None:
+            tried = [asdict(one) for one in self._tried.values()]
+            entry = {"search": self.key, "tried": tried, "begun": self._begun}
+            write_whole(self.path, f"{json.dumps(entry, indent=1)}\n".encode())
+
+    def _read(self, path: Path) -> None:
+        if not path.exists():
             return
         try:
             entry: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             found, tried = entry["search"], {one["name"]: Tried(**one) for one in entry["tried"]}
-        except (ValueError, TypeError, KeyError, OSError) as error:
+            begun = {str(name): int(count) for name, count in entry["begun"].items()}
+        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
             raise ConfigError(f"{path}: no readable record of a search; remove it to start again.") from error
         if changed := sorted(name for name in {*found, *self.key} if found.get(name) != self.key.get(name)):
             details = "; ".join(f"{name}: {found.get(name)} then, {self.key.get(name)} now" for name in changed)
             raise ConfigError(f"{path}: belongs to another search ({details}). Use another file, or remove it.")
-        self._tried = tried
-
-    def get(self, name: str) -> Tried | None:
-        return self._tried.get(name)
-
-    def add(self, tried: Tried) -> None:
-        """Keep it; the file is replaced whole. Raises SaveError if it cannot be written."""
-        self._tried[tried.name] = tried
-        if self.path is not None:
-            entry = {"search": self.key, "tried": [asdict(one) for one in self._tried.values()]}
-            write_whole(self.path, f"{json.dumps(entry, indent=1)}\n".encode())
+        self._tried, self._begun = tried, begun
 
 
-def paired(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """(mean of before - after, its standard error) over the same batches; the error of a single pair is 0."""
-    gains = [b - a for b, a in zip(before, after, strict=True)]
-    if not all(math.isfinite(gain) for gain in gains):
-        return (-math.inf if any(math.isinf(a) for a in after) else math.inf), 0.0
-    mean = sum(gains) / len(gains)
+def paired(before: Tensor, after: Tensor, parts: int = _PAIRS) -> tuple[float, float]:
+    """(mean of before - after, its standard error): over means of up to `parts` runs of neighbouring rows, since neighbours are alike.
+
+    before, after: (rows,). The error is infinite for fewer than two rows, which can tell nothing.
+    """
+    gains = before - after
+    if not torch.isfinite(gains).all():
+        return (-torch.inf if torch.isinf(after).any() else torch.inf), 0.0
     if len(gains) < 2:
-        return mean, 0.0
-    variance = sum((gain - mean) ** 2 for gain in gains) / (len(gains) - 1)
-    return mean, math.sqrt(variance / len(gains))
+        return float(gains.mean()), torch.inf
+    means = torch.stack([part.mean() for part in gains.tensor_split(min(parts, len(gains)))])
+    return float(gains.mean()), float(means.std() / len(means) ** 0.5)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..structure import Structure, groups_of
 from ..tasks.batches import Batch, Batches
-from .alpha_cache import alphas_kept
+from .alpha_cache import alphas_folder, alphas_kept
 from .alpha_hill import LayerTail, Look, alpha_hill, layer_tail, layer_tails
 from .block_influence import block_influence, mean_turn
 from .first_order import first_order_gradient, gradient_mass
@@ -69,6 +69,7 @@ __all__ = [
     "TailFit",
     "Windows",
     "alpha_hill",
+    "alphas_folder",
     "alphas_kept",
     "block_influence",
     "central_slope",

@@ -10,7 +10,7 @@ from rich.markup import escape
 from .. import options
 from ..given import CALIBRATION, SHARING, refuse
 from ..inputs import DataChoice, ModelChoice, protocol_line
-from ..planning import make_plan, tried_of, with_facts
+from ..planning import make_plan, record_of, tried_of, with_facts
 from ..running import bar_of, show_notes, work_folder
 from ..screen import Screen, table
 from ..settings import MethodChoice, device_of, propagate_of, solver_of
@@ -67,6 +67,7 @@ def compress(
     """
     from ...engine import Ranks, Settings, Work
     from ...io import check_output
+    from ...methods import Auto
     from ...plan import Plan
 
     screen = Screen(json=json, quiet=quiet)
@@ -92,6 +93,8 @@ def compress(
     if chosen.needs == "none" and not (built is not None and built.needs_data):
         who = f"solver {chosen.name}" if built is None else f"method {built.name} and solver {chosen.name}"
         refuse(context, f"since {who} look{'s' if built is None else ''} at weights alone", *CALIBRATION)
+        if chosen.name != "random" and not hasattr(built, "seed"):
+            refuse(context, f"since {who} draw{'s' if built is None else ''} nothing", "seed")
     else:
         drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen)
     with work_folder(folder) if ranks.rank == 0 else Work(folder, lock=False) as held:
@@ -103,13 +106,21 @@ def compress(
             show_notes(given.notes, screen)
             final = with_facts(given, choice, structure, chosen) if given.model is None else _with_solver(given, chosen)
         else:
-            record = output.with_name(f"{output.name}.search.json") if ranks.rank == 0 else None
-            final, search = make_plan(built, choice, loaded, structure, drawn, screen, chosen, record)
-            final = Plan.model_validate(ranks.share_object(final.to_dict(), 0))  # the last bit of a score may differ
+            plan_here = ranks.rank == 0 or not isinstance(
+                built, Auto
+            )  # a search is for one process, and takes its time
+            if plan_here:
+                final, search = make_plan(
+                    built, choice, loaded, structure, drawn, screen, chosen, settings, record_of(output)
+                )
+            final = Plan.model_validate(
+                ranks.share_object(final.to_dict() if plan_here else {}, 0)
+            )  # the last bit of a score may differ
         job = _Job(choice, loaded, final, chosen, drawn, settings, held, stream)
         result = job.run(screen)
         saved = job.save(output, force, result, screen) if ranks.rank == 0 else None
     if saved is not None:
+        record_of(output).unlink(missing_ok=True)
         _show(job, result, saved, search, screen)
 
 

@@ -58,6 +58,8 @@ def inspect(
         refuse(context, why, *CALIBRATION, "seed")
     if plot is not None:
         _check_plot(plot, score, force)
+    else:
+        refuse(context, "without --plot there is nothing to replace", "force")
     screen = Screen(json=json, quiet=quiet)
     choice = ModelChoice(model, include=tuple(include or ()), exclude=tuple(exclude or ()), remote_code=remote_code)
     drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen) if reads else None

@@ -9,7 +9,7 @@ from rich.text import Text
 from .. import options
 from ..given import CALIBRATION, SHARING, refuse
 from ..inputs import DataChoice, ModelChoice
-from ..planning import make_plan, tried_of
+from ..planning import make_plan, record_of, tried_of
 from ..running import show_notes
 from ..screen import Screen, table
 from ..settings import MethodChoice
@@ -87,14 +87,17 @@ def plan(
         drawn = None
         if not built.needs_data:
             refuse(context, f"since method {built.name} looks at weights alone", *CALIBRATION)
+            if not hasattr(built, "seed"):
+                refuse(context, f"since method {built.name} draws nothing", "seed")
         else:
             drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen)
         loaded = choice.load(screen)
         structure = choice.structure(loaded)
-        record = None if output is None else output.with_name(f"{output.name}.search.json")
+        record = None if output is None else record_of(output)
         made, search = make_plan(built, choice, loaded, structure, drawn, screen, record=record)
     if output is not None:
         made.save(output, force=force)
+        record_of(output).unlink(missing_ok=True)
     _show(made, structure, screen)
     if edit is not None:
         show_notes(made.notes, screen)
