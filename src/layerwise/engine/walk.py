@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, DataError, PlanError, WalkError
-from ..passes import Collector, Forward, Pass, PausedPasses, SharedInput, at_hand, store_of
+from ..passes import Collector, Forward, Pass, PausedPasses, SharedInput, at_hand, spilling, store_of, waiting_of
 from ..plan import Plan, Prune
 from ..solvers.base import Solver
 from ..structure import Layer, Structure, structure_of
 from ..tasks.batches import Batch, Batches, call
 from ..version import __version__
-from .events import BlockFinished, BlockStarted, Event, LayerSolved
+from .events import BlockFinished, BlockStarted, Event, LayerSolved, PassesWaiting
 from .ranks import Ranks
 from .solving import solve_groups
 from .work import Work
@@ -36,13 +36,15 @@ class Settings:
     """How the walk is done; what is done is in the plan and the solver.
 
     device: where each block is for its turn; None: where the model is. work: a folder that finished blocks are written to, and from
-    which a killed run goes on; a `Work` that is entered already stays the caller's. seed: of solvers that draw.
+    which a killed run goes on; a `Work` that is entered already stays the caller's. seed: of solvers that draw. spill: a folder for
+    files in which the calibration batches keep their activations while they wait; None: in memory. The result is the same to the bit.
     """
 
     propagate: Propagate = "compressed"
     device: torch.device | None = None
     work: str | Work | None = None
     seed: int = 0
+    spill: str | None = None
 
     def __post_init__(self) -> None:
         if self.propagate not in ("compressed", "dense"):
@@ -92,7 +94,8 @@ def walk(
             for index, unit in enumerate(units):
                 yield from steps.without_data(unit, index)
             return
-        yield from _with_data(model, units, ranks.share_of(data), steps, forward)
+        with spilling(model, settings.spill):
+            yield from _with_data(model, units, ranks.share_of(data), steps, forward)
 
 
 def check(plan: Plan, structure: Structure) -> dict[str, Prune]:
@@ -171,6 +174,7 @@ def _with_data(
 ) -> Iterator[Event]:
     by_name = {unit.name: unit for unit in units}
     waiting = {unit.name for unit in units if unit.layers}
+    yield PassesWaiting(waiting_of(model, list(by_name), batches, forward))
     with PausedPasses(model, list(by_name), batches, forward) as passes:
         for index, (name, standing) in enumerate(passes):
             unit = by_name[name]

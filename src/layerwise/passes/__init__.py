@@ -4,7 +4,9 @@ from .collect import Collector, SharedInput
 from .dense import collect_dense
 from .paused import Enough, Forward, Pass, PausedPasses
 from .residency import Store, at_hand, store_of
+from .spill import spilling
 from .statistics import Accumulator, InputStatistics, Need
+from .waiting import Waiting, waiting_of
 
 __all__ = [
     "Accumulator",
@@ -17,7 +19,10 @@ __all__ = [
     "PausedPasses",
     "SharedInput",
     "Store",
+    "Waiting",
     "at_hand",
     "collect_dense",
+    "spilling",
     "store_of",
+    "waiting_of",
 ]

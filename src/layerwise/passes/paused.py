@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import LayerwiseError, WalkError
 from ..tasks.batches import Batch, call
+from .spill import Spill, spill_of
 
 T = TypeVar("T")
 Forward = Callable[[nn.Module, Batch], object]
@@ -42,6 +43,7 @@ class Pass:
     outcome: Any = None
     wrote: bool = False  # the last run changed its arguments in place
     visited: set[str] = field(default_factory=set)
+    spill: Spill | None = None  # where its tensors are while it waits; None: in memory
 
     def run(self, device: torch.device | None = None, *, fresh: bool = False) -> Any:
         """The block's output for this pass, computed inside the pass; the pass keeps waiting. None if a hook had Enough.
@@ -60,13 +62,16 @@ class Pass:
                 args, kwargs = _to((args, kwargs), device)
             elif fresh:
                 args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-            before = [tensor._version for tensor in _tensors((args, kwargs))]
+            before = [tensor._version for tensor in tensors_of((args, kwargs))]
             try:
                 output = waiting.forward(*args, **kwargs)
             except Enough:
                 output = None
-            self.wrote = [tensor._version for tensor in _tensors((args, kwargs))] != before
-            return _to(output, home) if moved else output
+            self.wrote = [tensor._version for tensor in tensors_of((args, kwargs))] != before
+            output = _to(output, home) if moved else output
+            if self.spill is not None:
+                self.spill.keep(output)
+            return output
 
         with torch.no_grad():
             return self.runner.switch(command)
@@ -96,6 +101,7 @@ class PausedPasses(AbstractContextManager["PausedPasses"]):
             batches,
             forward,
         )
+        self.spill = spill_of(model)
         self.passes: list[Pass] = []
         self.done: set[str] = set()
         self._restore: list[Callable[[], None]] = []
@@ -121,7 +127,7 @@ class PausedPasses(AbstractContextManager["PausedPasses"]):
 
     def __iter__(self) -> Iterator[tuple[str, list[Pass]]]:
         for index, batch in enumerate(self.batches):
-            one = Pass(index, batch, greenlet(self._whole))
+            one = Pass(index, batch, greenlet(self._whole), spill=self.spill)
             self._by_runner[one.runner] = one
             self.passes.append(one)
             with torch.no_grad():
@@ -164,6 +170,8 @@ class PausedPasses(AbstractContextManager["PausedPasses"]):
             one.visited.add(name)
             one.block, one.forward, one.arguments = name, original, (args, kwargs)
             del args, kwargs  # the pass holds them until it goes on, then nobody does
+            if one.spill is not None:
+                one.spill.keep(one.arguments)
             command: _Command = one.runner.parent.switch()
             while command is not None:
                 command = one.runner.parent.switch(command(one))
@@ -186,14 +194,15 @@ def _train(modules: Sequence[nn.Module]) -> None:
         module.training = True
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_of(tree: Any) -> list[Tensor]:
+    """Every tensor in a tree of lists, tuples and dictionaries, in order."""
     found: list[Tensor] = []
     tree_map_only(Tensor, found.append, tree)
     return found
 
 
 def _device_of(tree: Any) -> torch.device | None:
-    return next((tensor.device for tensor in _tensors(tree)), None)
+    return next((tensor.device for tensor in tensors_of(tree)), None)
 
 
 def _to(tree: T, device: torch.device | None) -> T:
