@@ -8,7 +8,6 @@ where it stopped. The seed draws the calibration windows and the random allocati
 
 import argparse
 import hashlib
-import json
 import math
 import os
 import statistics
@@ -26,6 +25,7 @@ from torch import Tensor
 import layerwise as lw
 from bed import Subject, add_arguments, perplexity, subjects
 from layerwise.errors import LayerwiseError
+from lines import Lines
 from measuring import machine
 
 HERE = Path(__file__).parent
@@ -58,6 +58,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_480, help="held-out tokens, in windows of --length")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="one seed, 4 x 128 tokens, 4096 held-out tokens, small models"
     )
     parser.add_argument("--out", type=Path, default=HERE / "results/allocation.md")
@@ -68,19 +71,23 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     options.out.parent.mkdir(parents=True, exist_ok=True)
 
-    results = Results(options.out.with_suffix(".jsonl"))
+    results = Lines(options.out.with_suffix(".jsonl"))
     shown = {}
     for subject in subjects(options):
         protocol = protocol_of(subject, options)
         shown[subject.name] = protocol
-        missing = [cell for cell in cells(subject.name, options) if (cell, protocol) not in results]
+        missing = [cell for cell in cells(subject.name, options) if key_of(cell, protocol) not in results]
         for cell, row in measured(subject, missing, options):
-            results.add(cell, protocol, row)
+            results.add(key_of(cell, protocol), row)
             said = row.get("error") or f"perplexity {row['perplexity']:.3f}"
             print(f"{' '.join(str(part) for part in asdict(cell).values())}: {said}", file=sys.stderr, flush=True)
     text = "\n".join(report(results, shown, options))
     options.out.write_text(text + "\n", encoding="utf-8")
     print(text)
+
+
+def key_of(cell: Cell, protocol: dict[str, Any]) -> dict[str, Any]:
+    return {**asdict(cell), "protocol": protocol}
 
 
 def protocol_of(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
@@ -92,6 +99,7 @@ def protocol_of(subject: Subject, options: argparse.Namespace) -> dict[str, Any]
         "weights": weights.hexdigest()[:12],
         "calibration": [options.samples, options.length],
         "evaluated": [options.tokens, options.length],
+        "dtype": options.dtype,
         "layerwise": lw.__version__,
         "torch": torch.__version__,
     }
@@ -128,7 +136,7 @@ def measured(
     """Each cell from the dense weights anew. A method that cannot do what the cell asks is a row too."""
     if not missing:
         return
-    model = lw.load(subject.folder, dtype="float32")
+    model = lw.load(subject.folder, dtype=options.dtype)
     dense = {name: value.clone() for name, value in model.state_dict().items()}
     windows = subject.evaluation(options.tokens, options.length)
 
@@ -161,65 +169,32 @@ def batches(ids: Tensor, seed: int) -> lw.Batches:
     return lw.Batches(tuple({"input_ids": part} for part in ids.split(BATCH)), {"seed": seed, "tokens": ids.numel()})
 
 
-class Results:
-    """One JSON object a line, appended as cells are done. A line cut short by a kill is passed over."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: dict[tuple[Cell, str], dict[str, Any]] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            self.rows[Cell(**entry["cell"]), _key(entry["protocol"])] = entry["row"]
-
-    def __contains__(self, cell: tuple[Cell, dict[str, Any]]) -> bool:
-        return (cell[0], _key(cell[1])) in self.rows
-
-    def add(self, cell: Cell, protocol: dict[str, Any], row: dict[str, Any]) -> None:
-        self.rows[cell, _key(protocol)] = row
-        entry = {"cell": asdict(cell), "protocol": protocol, "row": row}
-        cut_short = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if cut_short else "") + json.dumps(entry) + "\n")
-
-    def of(self, protocol: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
-        """The rows of this protocol whose cells have these values."""
-        return [
-            row
-            for (cell, key), row in self.rows.items()
-            if key == _key(protocol) and wanted.items() <= asdict(cell).items()
-        ]
-
-
-def _key(protocol: dict[str, Any]) -> str:
-    return json.dumps(protocol, sort_keys=True)
-
-
-def report(results: Results, shown: dict[str, dict[str, Any]], options: argparse.Namespace) -> Iterator[str]:
+def report(results: Lines, shown: dict[str, dict[str, Any]], options: argparse.Namespace) -> Iterator[str]:
     yield "# Allocation: where the zeros should go"
     yield ""
     yield f"Machine: {machine()}; {options.threads} threads. layerwise {lw.__version__}, torch {torch.__version__}."
     yield (
-        f"Protocol: float32; {options.samples} x {options.length} calibration tokens drawn per seed, {options.seeds} seeds;"
-        f" perplexity on up to {options.tokens} held-out tokens in windows of {options.length}, mean ± standard deviation over seeds"
-        " (no deviation where neither data nor chance enters). Sparsity counts the matrices of the blocks. Texts: README.md."
+        f"Protocol: {options.dtype}, losses in float32; {options.samples} x {options.length} calibration tokens drawn per seed,"
+        f" {options.seeds} seeds; perplexity on up to {options.tokens} held-out tokens in windows of {options.length}, mean ±"
+        " standard deviation over seeds (no deviation where neither data nor chance enters). Sparsity counts the matrices of the"
+        " blocks. Texts: README.md."
     )
     sparsities = [float(one) for one in options.sparsities.split(",")]
     for model, protocol in shown.items():
-        dense = results.of(protocol, model=model, allocation="dense")[0]["perplexity"]
+        dense = results.of(protocol=protocol, model=model, allocation="dense")[0]["perplexity"]
         yield from ["", f"## {model}", "", f"Dense: {dense:.3f}. Weights {protocol['weights']}.", ""]
         yield f"| solver | allocation | {' | '.join(f'{one:.0%}' for one in sparsities)} |"
         yield f"|---|---|{'--:|' * len(sparsities)}"
         for solver in options.solvers.split(","):
             for allocation in options.allocations.split(","):
                 found = [
-                    results.of(protocol, model=model, sparsity=one, allocation=allocation, solver=solver)
+                    results.of(protocol=protocol, model=model, sparsity=one, allocation=allocation, solver=solver)
                     for one in sparsities
                 ]
                 yield f"| {solver} | {allocation} | {' | '.join(mean_deviation(rows) for rows in found)} |"
-    errors = sorted({row["error"] for protocol in shown.values() for row in results.of(protocol) if "error" in row})
+    errors = sorted(
+        {row["error"] for protocol in shown.values() for row in results.of(protocol=protocol) if "error" in row}
+    )
     yield from ["", *(f"- failed: {error}" for error in errors)]
 
 

@@ -9,7 +9,6 @@ import gc
 import json
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -88,16 +87,13 @@ def run(
 
 
 @torch.no_grad()
-def forward_seconds(model: nn.Module, batches: list[Tensor], repeats: int = 2) -> Seconds:
-    """Median over `repeats` passes of all batches, after one warm-up batch, cache off."""
+def forward_seconds(model: nn.Module, batches: list[Tensor]) -> Seconds:
+    """One pass of all batches, after one warm-up batch, cache off."""
     model(input_ids=batches[0], use_cache=False)
-    taken = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        for batch in batches:
-            model(input_ids=batch, use_cache=False)
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
+    started = time.perf_counter()
+    for batch in batches:
+        model(input_ids=batch, use_cache=False)
+    return time.perf_counter() - started
 
 
 def settle() -> int:

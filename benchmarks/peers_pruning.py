@@ -2,8 +2,9 @@
 
     python benchmarks/peers_pruning.py --bed FOLDER --peer-python PEER/bin/python --work /tmp/peers
 
-Every measurement is a process of its own, with the same number of threads; sides take turns, forwards and backwards in turn, and the
-medians are reported. Both sides read the same token ids and write their weights; one evaluator, here, judges both. See README.md.
+Every measurement is a process of its own, with the same number of threads; sides take turns, forwards and backwards in turn. Each
+repeat has calibration windows of its own: times are medians over repeats, perplexities means. Both sides read the same token ids and
+write their weights; one evaluator, here, judges both. What is measured stands in a file in --work: killed, it goes on. See README.md.
 """
 
 import argparse
@@ -13,7 +14,8 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bed import Subject, add_arguments, block_zeros, perplexity, subjects
+from lines import Lines
 from measuring import Job, machine
 
 HERE = Path(__file__).parent
@@ -59,21 +62,38 @@ def main() -> None:
         parser.error(
             f"--sides {options.sides}: give some of {', '.join(side.name for side in all_sides(options.peer_python))}"
         )
-    report = Report(options, [side.name for side in sides])
+    lines = Lines(options.work / "runs.jsonl")
+    report = Report(options)
     for subject in subjects(options):
-        ids = options.work / f"{subject.name}.ids.safetensors"
-        save_file({"input_ids": subject.calibration(options.samples, options.length, seed=None)}, ids)
         windows = subject.evaluation(*EVALUATED)
         dense = subject.load()
         report.dense[subject.name] = perplexity(dense, windows)
         before = block_zeros(dict(dense.named_parameters()))[2]
         del dense
+        files = calibration_files(subject, options)
         for method in options.methods.split(","):
-            job = Job(str(subject.folder), str(ids), "", method, 0.5, options.batch, options.threads)
-            for side, runs in take_turns(sides, job, options).items():
-                row = summary(runs) | judged(subject, windows, weights_file(options, side), before)
-                report.add(subject.name, method, side.name, row)
+            for repeat, side in turns(sides, options.repeats):
+                job = Job(str(subject.folder), str(files[repeat]), "", method, 0.5, options.batch, options.threads)
+                key = {"side": side.name, "job": asdict(job), "calibration": [options.samples, options.length]}
+                if key not in lines:
+                    weights = options.work / f"{side.name.replace(' ', '-')}.weights.safetensors"
+                    row = one_run(side, job, weights) | judged(subject, windows, weights, before)
+                    lines.add(key, row)
+                report.add(subject.name, method, side.name, lines[key])
     report.write()
+
+
+def calibration_files(subject: Subject, options: argparse.Namespace) -> list[Path]:
+    """One file of ids per repeat: the next windows of the text in order, or where they are drawn, another seed."""
+    samples, files = options.samples, []
+    for repeat in range(options.repeats):
+        if subject.name == "demo":
+            ids = subject.calibration(samples, options.length, seed=repeat)
+        else:
+            ids = subject.calibration(samples * (repeat + 1), options.length, seed=None)[-samples:]
+        files.append(options.work / f"{subject.name}.{repeat}.ids.safetensors")
+        save_file({"input_ids": ids.contiguous()}, files[-1])
+    return files
 
 
 def all_sides(peer_python: Path | None) -> list[Side]:
@@ -84,21 +104,10 @@ def all_sides(peer_python: Path | None) -> list[Side]:
     return sides
 
 
-def take_turns(sides: list[Side], job: Job, options: argparse.Namespace) -> dict[Side, list[dict[str, Any]]]:
-    """Every side `repeats` times, in alternating order, so that a slow spell of the machine does not meet one side alone."""
-    runs: dict[Side, list[dict[str, Any]]] = {side: [] for side in sides}
-    for repeat in range(options.repeats):
-        for side in sides if repeat % 2 == 0 else reversed(sides):
-            runs[side].append(one_run(side, job, weights_file(options, side)))
-            last = runs[side][-1]
-            print(
-                f"{Path(job.model).name} {job.method} {side.name}: {last['seconds']:.1f} s", file=sys.stderr, flush=True
-            )
-    return runs
-
-
-def weights_file(options: argparse.Namespace, side: Side) -> Path:
-    return options.work / f"{side.name.replace(' ', '-')}.weights.safetensors"
+def turns(sides: list[Side], repeats: int) -> Iterator[tuple[int, Side]]:
+    """(repeat, side), in alternating order, so that a slow spell of the machine does not meet one side alone."""
+    for repeat in range(repeats):
+        yield from ((repeat, side) for side in (sides if repeat % 2 == 0 else reversed(sides)))
 
 
 def one_run(side: Side, job: Job, weights: Path) -> dict[str, Any]:
@@ -111,14 +120,19 @@ def one_run(side: Side, job: Job, weights: Path) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(f"{side.name} failed on {job.method} (exit code {done.returncode}); its message is above.")
     measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return measured
+    print(f"{Path(job.model).name} {job.method} {side.name}: {measured['seconds']:.1f} s", file=sys.stderr, flush=True)
+    return measured | {"load": os.getloadavg()[0]}
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over repeats; times in plain forwards are taken within each process before that."""
+    """Medians over repeats, perplexities as means; times in plain forwards are taken within each process before that."""
     median = lambda values: statistics.median([*values])  # noqa: E731
-    seconds = [run["seconds"] for run in runs]
+    seconds, judged = [run["seconds"] for run in runs], [run["perplexity"] for run in runs]
     return {
+        "perplexity": statistics.fmean(judged),
+        "perplexities": judged,
+        "zeros": runs[0]["zeros"],
+        "zeros_elsewhere": max(run["zeros_elsewhere"] for run in runs),
         "seconds": median(seconds),
         "spread": [min(seconds), max(seconds)],
         "forwards": median(run["seconds"] / run["forward_seconds"] for run in runs),
@@ -129,12 +143,13 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "grown_bytes": median(run["grown_bytes"] for run in runs),
         "versions": runs[0]["versions"],
         "own": runs[-1]["own"],
+        "load": [run["load"] for run in runs],
         "runs": len(runs),
     }
 
 
 def judged(subject: Subject, windows: list[Any], weights: Path, before: int) -> dict[str, Any]:
-    """Perplexity and zeros of the weights that a side wrote, in the stock model. They are deterministic: the last run's stand.
+    """Perplexity and zeros of the weights that a side wrote, in the stock model.
 
     before: zeros that the dense model has outside the matrices of its blocks.
     """
@@ -150,14 +165,18 @@ def judged(subject: Subject, windows: list[Any], weights: Path, before: int) -> 
 class Report:
     """The table, as text for people and JSON for programs."""
 
-    def __init__(self, options: argparse.Namespace, sides: list[str]) -> None:
-        self.options, self.sides = options, sides
-        self.load = os.getloadavg()[0]  # before anything of ours runs: a busy machine is said beside its numbers
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
         self.dense: dict[str, float] = {}
-        self.rows: list[dict[str, Any]] = []
+        self.runs: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
 
-    def add(self, model: str, method: str, side: str, row: dict[str, Any]) -> None:
-        self.rows.append({"model": model, "method": method, "side": side, **row})
+    def add(self, model: str, method: str, side: str, run: dict[str, Any]) -> None:
+        self.runs.setdefault((model, method, side), []).append(run)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        names = ("model", "method", "side")
+        return [dict(zip(names, key, strict=True)) | summary(runs) for key, runs in self.runs.items()]
 
     def write(self) -> None:
         text = "\n".join([*self._head(), "", *self._table(), "", *self._ratios(), "", *self._split()])
@@ -174,15 +193,15 @@ class Report:
         return [
             "# Pruning beside llm-compressor",
             "",
-            f"Machine: {machine()}; {options.threads} threads a process, one process at a time;"
-            f" load average before the run {self.load:.1f}.",
+            f"Machine: {machine()}; {options.threads} threads a process, one process at a time.",
             *(f"Versions, {line}." for line in named),
             f"Evaluated with transformers {importlib.metadata.version('transformers')}.",
             "",
             f"Protocol: float32; {options.samples} x {options.length} calibration tokens in batches of {options.batch}, the same"
-            f" ids for every side; sparsity 50 % of the matrices in the blocks; median of {options.repeats} runs taking turns;"
-            f" perplexity on the first {EVALUATED[0]} held-out tokens in windows of {EVALUATED[1]}, by one evaluator.",
-            "Calibration and held-out text: C4 (its first windows in order) and WikiText-2 for smollm2, python-docs and its held-out"
+            f" ids for every side; sparsity 50 % of the matrices in the blocks; {options.repeats} runs taking turns, each on windows of"
+            f" its own: median times, mean perplexities; on the first {EVALUATED[0]} held-out tokens in windows of {EVALUATED[1]},"
+            " by one evaluator.",
+            "Calibration and held-out text: C4 (its windows in order) and WikiText-2 for smollm2, python-docs and its held-out"
             " modules for demo. Columns: README.md.",
         ]
 
@@ -200,7 +219,7 @@ class Report:
     def _ratios(self) -> list[str]:
         """Each of our rows against the peer's: above 1 is better for layerwise in time and memory."""
         lines = [
-            "| model | method | side | times faster | times less peak | times less grown | perplexity, change |",
+            "| model | method | side | times faster | times less peak | times less grown | perplexity, mean change (each repeat) |",
             "|---|---|---|--:|--:|--:|--:|",
         ]
         peers = {(row["model"], row["method"]): row for row in self.rows if row["side"] == "llm-compressor"}
@@ -208,9 +227,10 @@ class Report:
             peer = peers.get((row["model"], row["method"]))
             if peer and row is not peer:
                 faster, peak, grown = (peer[key] / row[key] for key in ("seconds", "peak_bytes", "grown_bytes"))
-                change = row["perplexity"] / peer["perplexity"] - 1
+                changes = [a / b - 1 for a, b in zip(row["perplexities"], peer["perplexities"], strict=True)]
                 lines.append(
-                    f"| {row['model']} | {row['method']} | {row['side']} | {faster:.2f} | {peak:.2f} | {grown:.2f} | {change:+.2%} |"
+                    f"| {row['model']} | {row['method']} | {row['side']} | {faster:.2f} | {peak:.2f} | {grown:.2f}"
+                    f" | {statistics.fmean(changes):+.2%} ({', '.join(f'{change:+.2%}' for change in changes)}) |"
                 )
         return lines if peers else []
 
@@ -243,9 +263,14 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['grown_bytes'] / 1e6:.0f}",
         f"{row['zeros']:.4%}",
         str(row["zeros_elsewhere"]),
-        f"{row['perplexity']:.3f}",
+        _mean_deviation(row["perplexities"]),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _mean_deviation(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{deviation}"
 
 
 if __name__ == "__main__":

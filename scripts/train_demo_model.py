@@ -1,12 +1,16 @@
 """Train the language model that the package carries, from the running interpreter's standard library.
 
-    python scripts/train_demo_model.py --minutes 100 --out src/layerwise/demo_model
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 \\
+        python scripts/train_demo_model.py --compile --out src/layerwise/demo_model
 
-Text: every document of `python-docs` except the held-out modules, and a quarter of the library's tests in each epoch
+Text: every document of `python-docs` except the held-out modules, and half of the library's tests in each epoch
 (never those of a held-out module). Tokenizer: byte-level BPE of 4096. Muon for the matrices of the blocks, AdamW for
-the rest, learning rate falling linearly to zero over the given minutes; `--start` adds a second phase. Writes model,
-tokenizer and `training.json` with the held-out perplexity and bits per byte beside xz. Stops at the time given, so two
-runs differ in their bits.
+the rest, learning rate falling linearly to zero over the given tokens. Writes model, tokenizer and `training.json` with
+the held-out perplexity and bits per byte beside xz.
+
+On a CPU three things make it three times as fast (4,800 to 13,900 tokens/s on two cores): the allocator keeps large
+buffers instead of returning them to the system (the variables above), small micro-batches stay in the cache, and
+`--compile` fuses the plain attention, which then beats the fused kernel in bfloat16.
 """
 
 import argparse
@@ -26,34 +30,30 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from layerwise.tasks.python_docs import HELD_OUT, python_docs
 
-VOCABULARY, LENGTH, BATCH = 4096, 512, 16
+VOCABULARY, LENGTH = 4096, 512
+BATCH, MICRO = 16, 4  # windows per step, and per forward pass
 END = "<|endoftext|>"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=100)
+    parser.add_argument("--tokens", type=float, default=32e6, help="how many to train on")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="go on from this model, as a second phase at half the learning rate")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile, which needs a C++ compiler")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
 
     library, tests = [text for _, text in python_docs("calibration")], library_tests()
     held_out = [text for _, text in python_docs("held-out")]
-    tokenizer = (
-        Tokenizer.from_file(str(options.start / "tokenizer.json")) if options.start else train_tokenizer(library)
-    )
+    tokenizer = train_tokenizer(library)
     encode = lambda texts: [[*encoding.ids, 0] for encoding in tokenizer.encode_batch(texts)]  # noqa: E731
     print(f"{len(library)} documents, {len(tests)} tests, {len(held_out)} held out")
     library_ids, test_ids, held_out_ids = encode(library), encode(tests), encode(held_out)
     tokens = [sum(map(len, ids)) for ids in (library_ids, test_ids, held_out_ids)]
     print("tokens: library {}, tests {}, held out {}".format(*tokens), flush=True)
 
-    model, before = build_model(options.seed).to(options.device), {}
-    if options.start:
-        model.load_state_dict(LlamaForCausalLM.from_pretrained(options.start, dtype=torch.float32).state_dict())
-        before = json.loads((options.start / "training.json").read_text())
+    model = build_model(options.seed).to(options.device)
     log = train(model, library_ids, test_ids, held_out_ids, options, tokenizer)
     report = {
         "python": platform.python_version(),
@@ -61,8 +61,7 @@ def main() -> None:
         "documents": len(library),
         "tokens": {"library": tokens[0], "tests": tokens[1], "held_out": tokens[2], "seen": log[-1]["tokens"]},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "minutes": options.minutes,
-        "first_phase": before,
+        "minutes": log[-1]["minute"],
         "torch": torch.__version__,
         "held_out": measure_saved(options.out, held_out_ids, held_out, library),
         "log": log,
@@ -107,12 +106,14 @@ def build_model(seed: int) -> LlamaForCausalLM:
         eos_token_id=0,
         pad_token_id=None,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    model.set_attn_implementation("eager")
+    return model
 
 
 def windows(library: list[list[int]], tests: list[list[int]], draw: random.Random) -> torch.Tensor:
     """One epoch: whole documents in random order, joined, cut into windows, shuffled. (windows, LENGTH)."""
-    documents = library + draw.sample(tests, len(tests) // 4)
+    documents = library + draw.sample(tests, len(tests) // 2)
     draw.shuffle(documents)
     stream = [token for document in documents for token in document][draw.randrange(LENGTH) :]
     cut = [stream[start : start + LENGTH] for start in range(0, len(stream) - LENGTH, LENGTH)]
@@ -131,18 +132,15 @@ def train(model, library, tests, held_out, options, tokenizer) -> list[dict]:
     rates = [optimiser.param_groups[0]["lr"] for optimiser in optimisers]
     draw, log, step, seen, saved = random.Random(options.seed), [], 0, 0, 0.0
     recent: list[float] = []
-    started = time.monotonic()
-    while True:
+    started, step_of = time.monotonic(), torch.compile(loss_of) if options.compile else loss_of
+    while seen < options.tokens:
         for batch in windows(library, tests, draw).split(BATCH):
-            done = (time.monotonic() - started) / (60 * options.minutes)
-            if done >= 1:
-                log.append(entry(model, step, seen, recent, held_out, started, tokens=10**9))
-                save(model, tokenizer, options.out)
-                return log
-            factor = min(1.0, (step + 1) / 100) * (1 - done) * (0.5 if options.start else 1.0)
+            if seen >= options.tokens:
+                break
+            factor = min(1.0, (step + 1) / 100) * (1 - seen / options.tokens)
             for optimiser, rate in zip(optimisers, rates, strict=True):
                 optimiser.param_groups[0]["lr"] = rate * factor
-            recent.append(train_step(model, batch.to(options.device), optimisers))
+            recent.append(train_step(model, batch.to(options.device), optimisers, step_of))
             step, seen = step + 1, seen + batch.numel()
             if time.monotonic() - saved > 300:
                 saved = time.monotonic()
@@ -150,19 +148,29 @@ def train(model, library, tests, held_out, options, tokenizer) -> list[dict]:
                 print(json.dumps(log[-1]), flush=True)
                 recent.clear()
                 save(model, tokenizer, options.out)
+    log.append(entry(model, step, seen, recent, held_out, started, tokens=10**9))
+    save(model, tokenizer, options.out)
+    return log
 
 
-def train_step(model, batch, optimisers) -> float:
+def loss_of(model, windows: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(windows.device.type, torch.bfloat16):
+        logits = model(input_ids=windows, use_cache=False).logits
+    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), windows[:, 1:].flatten())
+
+
+def train_step(model, batch, optimisers, step_of) -> float:
     model.train()
-    with torch.autocast(batch.device.type, torch.bfloat16):
-        logits = model(input_ids=batch, use_cache=False).logits
-    loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
-    loss.backward()
+    total = 0.0
+    for some in batch.split(MICRO):
+        loss = step_of(model, some) * (len(some) / len(batch))
+        loss.backward()
+        total += loss.item()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimiser in optimisers:
         optimiser.step()
         optimiser.zero_grad()
-    return loss.item()
+    return total
 
 
 def entry(model, step, seen, recent, held_out, started, tokens=16_384) -> dict:

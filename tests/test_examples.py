@@ -68,6 +68,13 @@ def test_own_data_looking_at_inputs_helps():
     assert errors["sparsegpt"] < errors["wanda"] < errors["magnitude"]
 
 
+def test_train_sparse_learns_with_a_tenth_of_the_weights(capsys: pytest.CaptureFixture[str]):
+    accuracy, weights = example("train_sparse").main()
+    assert weights == 507  # of 144 + 4608 + 320
+    assert accuracy > 0.85
+    assert "507 of 5072 weights (10.0%)" in capsys.readouterr().out
+
+
 @needs_demo
 def test_compress_in_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert model_folder("demo") == DEMO.parent

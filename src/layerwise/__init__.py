@@ -10,6 +10,7 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import methods as methods
+    from . import recover as recover
     from . import solvers as solvers
     from .engine import Result as Result
     from .engine import Settings as Settings
@@ -44,7 +45,7 @@ _HOME = {
     "text": "tasks",
     "walk": "engine",
 }
-_ROOMS = ("methods", "solvers", "errors")
+_ROOMS = ("methods", "solvers", "recover", "errors")
 __all__ = [*_HOME, *_ROOMS, "__version__"]
 
 

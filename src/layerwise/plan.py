@@ -90,6 +90,7 @@ class Plan(Record):
     solver: dict[str, Any] | None = None
     layers: dict[str, Treatments]
     scores: dict[str, Number] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what the method did otherwise than asked, one sentence each
 
     @field_validator("method", "solver", mode="before")
     @classmethod

@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import MODELS
+from layerwise import Batches, structure_of
+from layerwise.scores import zeroth_order_gradient
+from models import MODELS, inputs_for
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -70,18 +72,21 @@ def test_mean_and_deviation_of_cells():
 
 
 def test_results_go_on_after_a_line_cut_short(tmp_path):
-    from allocation import Cell, Results
+    from lines import Lines
 
-    file, protocol = tmp_path / "cells.jsonl", {"weights": "a"}
-    first, second = Cell("m"), Cell("m", 0.5, "owl", "wanda", 1)
-    Results(file).add(first, protocol, {"perplexity": 3.0})
-    file.write_text(file.read_text() + '{"cell": {"model": "m", "spar')
-    Results(file).add(second, protocol, {"perplexity": 5.0})
-    again = Results(file)
-    assert (first, protocol) in again
-    assert (second, protocol) in again
-    assert (second, {"weights": "b"}) not in again
-    assert again.of(protocol, allocation="owl") == [{"perplexity": 5.0}]
+    file = tmp_path / "cells.jsonl"
+    first, second = {"model": "m", "seed": 0, "protocol": {"weights": "a"}}, {"model": "m", "seed": 1, "protocol": {}}
+    Lines(file).add(first, {"perplexity": 3.0})
+    file.write_text(file.read_text() + '{"key": {"model": "m", "spar')
+    Lines(file).add(second, {"perplexity": 5.0})
+    again = Lines(file)
+    assert first in again
+    assert {**first, "protocol": {"weights": "b"}} not in again
+    assert again[second] == {"perplexity": 5.0}
+    assert again.of(model="m", seed=1) == again.of(protocol={}) == [{"perplexity": 5.0}]
+    assert again.of(model="m") == [{"perplexity": 3.0}, {"perplexity": 5.0}]
+    Lines(file).add(first, {"perplexity": 4.0})
+    assert Lines(file).of(seed=0) == [{"perplexity": 4.0}]
 
 
 def test_magnitude_with_a_fixed_allocation_needs_one_seed():
@@ -113,6 +118,36 @@ def test_our_side_measures_a_run(tmp_path):
     assert ((up.reshape(len(up), -1, 4) == 0).sum(-1) == 2).all()
 
 
+def test_the_naive_recipe_is_that_of_the_papers():
+    from farms_oracle import peak_alpha, window_eigenvalues
+    from naive_farms import Layout, naive
+
+    weight = torch.randn(60, 45, generator=torch.Generator().manual_seed(0))
+    values = window_eigenvalues(weight, 24, 1.0, 4)
+    found = naive(weight, Layout(24, 4), "peak")
+    alpha, cuts = peak_alpha(values, reference=False)
+    assert (found.alpha, found.cuts, found.windows) == (pytest.approx(alpha, rel=1e-3), cuts, 16)
+    some = naive(weight, Layout(24, 4), "mid", most=4)
+    assert (some.measured, some.windows) == (4, 16)
+
+
+def test_exponents_are_measured_beside_the_recipe(tmp_path):
+    out = tmp_path / "farms.md"
+    small = ["--models", "", "--sizes", "260x257", "--large", "300x300"]
+    done = _run("farms.py", *small, "--work", str(tmp_path), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.with_suffix(".json").read_text())
+    assert [(row["name"], row["fit"]) for row in rows] == [
+        (f"{size} {kind}", fit)
+        for size in ("260x257", "300x300")
+        for kind in ("noise", "heavy")
+        for fit in ("mid", "peak")
+    ]
+    assert all(row["exact_error"] < 1e-3 for row in rows if row["fit"] == "mid")
+    assert rows[0]["windows"] == rows[0]["measured"] == 10
+    assert "| 260x257 noise | mid | 10 |" in out.read_text()
+
+
 def test_scale_runs_as_a_toy_and_refuses_full_size_without_cuda():
     done = _run("scale_gpu.py", "--toy", "--methods", "wanda")
     assert done.returncode == 0, done.stderr
@@ -123,3 +158,21 @@ def test_scale_runs_as_a_toy_and_refuses_full_size_without_cuda():
         assert refused.returncode == 1
         assert refused.stderr.count("\n") == 1
         assert "--toy" in refused.stderr
+
+
+def test_rank_correlation_by_hand():
+    from ecoflap import spearman
+
+    a = {"w": 1.0, "x": 2.0, "y": 3.0, "z": 4.0}
+    assert spearman(a, {name: value**3 for name, value in a.items()}) == pytest.approx(1)
+    assert spearman(a, {name: -value for name, value in a.items()}) == pytest.approx(-1)
+    assert spearman(a, {"w": 10.0, "x": 30.0, "y": 20.0, "z": 40.0}) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
+
+
+def test_naive_and_paused_evaluations_measure_the_same():
+    from ecoflap import STEP, naive
+
+    model = MODELS["llama"]()
+    data, structure = Batches((inputs_for("llama", model),), {}), structure_of(model, include=["*.down_proj"])
+    expected = naive(model, data, structure)
+    assert zeroth_order_gradient(model, data, structure, step=STEP, tail="exact") == pytest.approx(expected, rel=1e-2)

@@ -1,6 +1,7 @@
 """The command line on an image classifier: images in, accuracy out."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -41,6 +42,7 @@ def test_images_prune_and_judge_a_classifier(here, capsys):
     assert main(["evaluate", "out", "--against", "model", "--data", "images.npz", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["examples"] == 12
+    assert len({found["protocol"]["model"], found["protocol"]["dense_model"]}) == 2
     assert 0 <= found["top1"] <= 1
     assert 0 <= found["agreement"] <= 1
     assert found["files"]["model"]["zeros"] > found["files"]["dense"]["zeros"]
@@ -53,3 +55,23 @@ def test_a_classifier_asks_for_images(here, capsys):
     assert main(["compress", "model", "-o", "out"]) == 2
     assert "FOLDER of images" in capsys.readouterr().err
     assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize("option", [["--tokens", "9"], ["--latency"], ["--bos-every-window"], ["--tasks", "t.yaml"]])
+def test_what_a_classifier_has_no_use_for_is_refused(here, capsys, option):
+    more = [] if option[0] == "--tasks" else ["--data", "images.npz"]
+    assert main(["evaluate", "model", *more, *option]) == 2
+    assert re.search("an image classifier", capsys.readouterr().err)
+
+
+def test_a_method_with_a_loss_takes_the_labels(here, capsys):
+    plan = "plan model --method snip-ratio --sparsity 0.5 --data images.npz --samples 8 -o plan.yaml".split()
+    assert main([*plan, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["plan"]
+    assert found["budget"]["achieved"] == pytest.approx(0.5, abs=1e-4)
+    assert len({round(entry["prune"]["sparsity"], 2) for entry in found["layers"].values()}) > 1
+    with np.load(here / "images.npz") as data:
+        np.savez(here / "bare.npz", images=data["images"])
+    plan[plan.index("images.npz")] = "bare.npz"
+    assert main([*plan, "--force"]) == 2
+    assert "needs labels" in capsys.readouterr().err

@@ -56,12 +56,34 @@ def test_methods_lists_all(here, capsys):
 
 
 def test_inspect_shows_a_score_of_every_block(here, capsys):
-    found = as_json(
-        capsys, "inspect", "model", "--score", "outlier-ratio", "--data", "text.txt", "--samples", "2", "--length", "16"
-    )
+    drawn = ("--data", "text.txt", "--samples", "2", "--length", "16")
+    found = as_json(capsys, "inspect", "model", "--score", "outlier-ratio", *drawn)
     assert set(found["scores"]) == {layer["block"] for layer in found["layers"]}
+    by_layer = as_json(capsys, "inspect", "model", "--score", "snip", *drawn)
+    assert set(by_layer["scores"]) == {layer["name"] for layer in found["layers"]}
     assert main(["inspect", "model", "--score", "outlier-rato", "--data", "text.txt"]) == 2
     assert 'Did you mean "outlier-ratio"?' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("score", ["zeroth-order", "first-order"])
+def test_inspect_shows_scores_by_the_loss(here, capsys, score):
+    words = f"inspect model --score {score} --data text.txt --samples 2 --length 16"
+    found = as_json(capsys, *words.split())
+    assert set(found["scores"]) == {layer["block"] for layer in found["layers"]}
+    assert min(found["scores"].values()) > 0
+    assert main(words.split()) == 0
+    assert len(re.findall(r"^model\.layers\.\d", capsys.readouterr().out, re.MULTILINE)) == 3
+
+
+def test_plan_shows_the_notes_of_the_method(here, capsys, monkeypatch):
+    def nothing(model, data, structure, **_):
+        return {layer.name: 0.0 for layer in structure}
+
+    monkeypatch.setattr("layerwise.methods.ecoflap.zeroth_order_gradient", nothing)
+    words = "plan model --method ecoflap --set samples=2 --data text.txt --samples 2 --length 16".split()
+    assert main(words) == 0
+    assert "note: all 3 scores are 0, which says nothing: uniform." in capsys.readouterr().err
+    assert as_json(capsys, *words)["plan"]["notes"] == ["all 3 scores are 0, which says nothing: uniform."]
 
 
 def test_inspect_counts_layers_and_zeros(here, capsys):

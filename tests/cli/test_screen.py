@@ -1,7 +1,9 @@
 """What goes where: results on standard output, remarks on standard error, nothing from the other ranks."""
 
+import io
 import json
 import math
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import typer
@@ -53,6 +55,15 @@ def test_other_ranks_and_quiet_say_nothing(clock, capsys, monkeypatch, quiet):
     assert capsys.readouterr() == ("", "")
     one.show("a result")
     assert capsys.readouterr().out == ("a result\n" if quiet else "")
+
+
+def test_lines_go_on_while_a_library_is_kept_quiet(clock, capsys):
+    shown = Screen()
+    with redirect_stderr(io.StringIO()) as kept, redirect_stdout(kept):
+        shown.say("half way")
+        shown.show("a result")
+    assert kept.getvalue() == ""
+    assert capsys.readouterr() == ("a result\n", "half way\n")
 
 
 def test_json_has_no_infinities(capsys):

@@ -1,14 +1,15 @@
 """Latency and memory."""
 
+import functools
 import time
 
 import pytest
 import torch
 from torch import nn
 
-from layerwise.errors import ConfigError
+from layerwise.errors import ConfigError, ModelError
 from layerwise.evaluate import latency, memory, peak_memory
-from models import small_llama
+from models import MODELS, small_llama
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,34 @@ def test_latency_measures_what_it_says():
     slow = latency(model, prompt=10, context=5, new=3, threads=1, seconds=0.001)
     assert slow.prefill_runs >= 3  # not the one run that fills the time: its spread would be 0
     assert model.seen[-3:] == [6, 7, 8]  # every run starts behind the same context
+
+
+@pytest.mark.parametrize(("dtype", "bytes_each"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_kv_bytes_worked_by_hand(dtype, bytes_each):
+    model = small_llama(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, hidden_size=32).to(dtype)
+    got = latency(model, prompt=20, context=8, new=2, threads=1, seconds=0.01)
+    # keys and values of 3 layers, 2 heads of 8, 20 tokens: not of the 4 query heads, and not of the decoding
+    assert got.kv_bytes == 2 * 3 * 2 * 8 * 20 * bytes_each
+    assert got.protocol["prompt"] == 20
+
+
+def test_a_sliding_window_keeps_less():
+    # a window of 4 in both layers: the last 3 tokens are kept, the next one is the fourth; 2 heads of 8
+    assert (
+        latency(MODELS["mistral"](), prompt=16, context=4, new=2, threads=1, seconds=0.01).kv_bytes
+        == 2 * 2 * 2 * 8 * 3 * 4
+    )
+
+
+def test_a_model_without_a_cache_is_refused():
+    model = small_llama(use_cache=False)
+    model.forward = functools.partial(forget, model.forward)
+    with pytest.raises(ModelError, match="LlamaForCausalLM returns no KV cache"):
+        latency(model, prompt=4, context=2, new=2)
+
+
+def forget(forward, input_ids, use_cache):
+    return forward(input_ids=input_ids, use_cache=False)
 
 
 def test_latency_refuses_more_tokens_than_positions(model):

@@ -210,6 +210,21 @@ def test_protocol_stands_beside_the_numbers():
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
+def test_the_hash_of_a_model_is_that_of_its_weights(tmp_path):
+    model, data = tiny_llama(), windows(64)
+    got = evaluate(model, data, against=tiny_llama(1)).protocol
+    assert len(got["model"]) == 16
+    assert got["model"] == perplexity(tiny_llama().train(), data).protocol["model"]  # whatever the mode
+    assert got["dense_model"] == perplexity(tiny_llama(1), data).protocol["model"] != got["model"]
+    model.save_pretrained(tmp_path)
+    assert perplexity(layerwise.load(tmp_path), data).protocol["model"] == got["model"]
+    with torch.no_grad():
+        weight = model.model.layers[1].mlp.up_proj.weight.view(-1)
+        weight[5] = torch.nextafter(weight[5], torch.tensor(1.0))  # one bit
+    assert perplexity(model, data).protocol["model"] != got["model"]
+    assert perplexity(tiny_llama().bfloat16(), data).protocol["model"] != got["model"]
+
+
 def test_the_room_is_also_the_function():
     """Whoever imported `layerwise.evaluate` first, `layerwise.evaluate(...)` evaluates."""
     assert layerwise.evaluate(tiny_llama(), windows(64)) == evaluate(tiny_llama(), windows(64))

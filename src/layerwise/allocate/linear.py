@@ -1,4 +1,5 @@
-"""Sparsities that fall linearly with a score: the map of OWL (Yin et al. 2024, arXiv:2310.05175)."""
+"""Sparsities that fall linearly with a score: added to the target (OWL, Yin et al. 2024, arXiv:2310.05175), or as a factor of it
+(AlphaPruning, Lu et al. 2024, arXiv:2410.10912)."""
 
 import math
 from collections.abc import Mapping
@@ -14,9 +15,7 @@ def linear_map(
     The width is always 2 * spread, so one side may lie farther than `spread` from the mean, and a sparsity outside [0, 1]:
     `water_fill` brings it back. Scores that are all equal get the same sparsity. Raises ScoreError if a score is not finite.
     """
-    for name, score in scores.items():
-        if not math.isfinite(score):
-            raise ScoreError(f'linear_map: the score of "{name}" is {score}. Scores must be finite.')
+    _check_finite("linear_map", scores)
     if scores.keys() != sizes.keys():
         odd = sorted(scores.keys() ^ sizes.keys())
         raise ConfigError(f'linear_map: scores and sizes name different layers, such as "{odd[0]}".')
@@ -27,3 +26,22 @@ def linear_map(
     extra = {name: (score - low) / (high - low) * 2 * spread for name, score in scores.items()}
     mean = math.fsum(extra[name] * sizes[name] for name in extra) / total
     return {name: sparsity - (extra[name] - mean) for name in extra}
+
+
+def linear_factors(scores: Mapping[str, float], spread: float) -> dict[str, float]:
+    """Name -> factor of the mean sparsity: falls linearly with the score (high = keep) from 1 + `spread` to 1 - `spread`.
+
+    `water_fill(..., by="scale")` makes them sparsities that meet a budget. Scores that are all equal get the factor 1. Raises ScoreError
+    if a score is not finite.
+    """
+    _check_finite("linear_factors", scores)
+    low, high = min(scores.values()), max(scores.values())
+    if low == high:
+        return dict.fromkeys(scores, 1.0)
+    return {name: (high - score) / (high - low) * 2 * spread + 1 - spread for name, score in scores.items()}
+
+
+def _check_finite(rule: str, scores: Mapping[str, float]) -> None:
+    for name, score in scores.items():
+        if not math.isfinite(score):
+            raise ScoreError(f'{rule}: the score of "{name}" is {score}. Scores must be finite.')

@@ -14,6 +14,7 @@ SHARING = (
     "set_",
     "min_sparsity",
     "max_sparsity",
+    "minutes",
 )  # what makes a plan
 
 

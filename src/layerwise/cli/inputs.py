@@ -119,6 +119,7 @@ class DataChoice:
     length: int | None = None
     batch: int | None = None  # None: 1 window of text, 32 images
     seed: int = 0
+    bos: bool = False  # in front of every window
 
     def where(self, model: ModelChoice) -> str:
         """The source: as asked, or python-docs for the demo model. Raises DataError if there is none."""
@@ -151,7 +152,9 @@ class DataChoice:
         tokenizer = load_tokenizer(model.name, remote_code=model.remote_code)
         seed = self.seed if seed is None else seed
         with screen.task(f"Reading {source}"):
-            drawn = text(source, tokenizer, samples=self.samples, length=length, batch=self.batch or 1, seed=seed)
+            drawn = text(
+                source, tokenizer, samples=self.samples, length=length, batch=self.batch or 1, seed=seed, bos=self.bos
+            )
         drawn = _fitting(drawn, model)
         return continued(drawn) if model.kind == "AutoModelForSeq2SeqLM" else drawn
 
@@ -166,7 +169,9 @@ class DataChoice:
         length = model.length(self.length)
         tokenizer = load_tokenizer(model.name, remote_code=model.remote_code)
         with screen.task(f"Reading {source}"):
-            found = held_out(source, tokenizer, length=length, tokens=tokens, batch=self.batch or 1, tail=tail)
+            found = held_out(
+                source, tokenizer, length=length, tokens=tokens, batch=self.batch or 1, bos=self.bos, tail=tail
+            )
         return _fitting(found, model)
 
     def _pictures(
@@ -211,6 +216,7 @@ def protocol_line(data: "Batches") -> str:
         f"{facts.get('source')} ({facts['split']})" if "split" in facts else f"{facts.get('source')}",
         f"{facts.get('samples')} × {what}",
         *([f"seed {facts['seed']}"] if "seed" in facts else []),
+        *(["BOS in every window"] if facts.get("bos") == "every window" else []),
         f"hash {data.hash}",
     ]
     return ", ".join(parts)
@@ -221,3 +227,9 @@ def environment_line(protocol: Mapping[str, object]) -> str:
     words = [f"{protocol['dtype']} on {protocol['device']}"]
     words += [f"{name} {protocol[name]}" for name in ("torch", "transformers", "convention") if name in protocol]
     return ", ".join(words)
+
+
+def hash_line(protocol: Mapping[str, object]) -> str:
+    """Which weights and which tokenizer, in one line for people."""
+    names = {"model": "model", "dense_model": "dense", "tokenizer": "tokenizer"}
+    return ", ".join(f"{word} {protocol[key]}" for key, word in names.items() if key in protocol)

@@ -63,6 +63,10 @@ Set = Annotated[
 ]
 MinSparsity = Annotated[float | None, _option(HOW, "S", "No layer below this.")]
 MaxSparsity = Annotated[float | None, _option(HOW, "S", "No layer above this.")]
+Minutes = Annotated[
+    float | None,
+    _option(HOW, "M", "With --method auto: try no further plan after so many minutes.  [dim]default: all[/]"),
+]
 Apply = Annotated[Path | None, _option(HOW, "FILE", "Apply this plan instead of making one.", "--plan")]
 Edit = Annotated[Path | None, _option(HOW, "PLAN", "Start from this plan instead of a method.")]
 Rebalance = Annotated[
@@ -94,9 +98,14 @@ Score = Annotated[
     str | None,
     typer.Option(
         metavar="SCORE",
-        help="Show this score of every block: outlier-ratio or block-influence. Reads data.",
+        help="Show this score of every block: outlier-ratio, block-influence, zeroth-order or first-order (they read data),"
+        " alpha-hill (weights alone), or snip, grasp, synflow of every layer.",
         show_default=False,
     ),
+]
+Plot = Annotated[
+    Path | None,
+    _option(OUTPUT, "FILE", "With --score alpha-hill: draw the layers' spectra and the fits to their tails, a PNG."),
 ]
 Layers = Annotated[bool, typer.Option("--layers", help="One line per layer instead of one per role.")]
 Against = Annotated[str | None, _option(HOW, "MODEL", "The dense model, for divergence and agreement.")]
@@ -109,7 +118,9 @@ Convention = Annotated[
         show_default=True,
     ),
 ]
-Latency = Annotated[bool, _option(HOW, None, "Also time prefill and decoding.", "--latency")]
+Latency = Annotated[
+    bool, _option(HOW, None, "Also time prefill and decoding, and count the bytes of the KV cache.", "--latency")
+]
 
 # data
 Data = Annotated[
@@ -130,6 +141,22 @@ HeldOut = Annotated[
     ),
 ]
 Tokens = Annotated[int | None, _option(DATA, "N", "Only the first so many tokens of the measured text.")]
+Bos = Annotated[
+    bool,
+    _option(
+        DATA, None, "Put the BOS token in front of every window, as some models need (Gemma).", "--bos-every-window"
+    ),
+]
+Tasks = Annotated[
+    str | None,
+    _option(
+        DATA,
+        "A,B,…",
+        "Instead of a text: tasks of lm-evaluation-harness, by name (needs the hub) or as .yaml files of your own, which may work"
+        " offline (see examples/lm_eval). Needs layerwise\\[eval].",
+    ),
+]
+Limit = Annotated[int | None, _option(DATA, "N", "Only the first so many documents of each task.", min=1)]
 ScoredTokens = Annotated[int, _option(DATA, "N", "Held-out tokens that are scored.", "--tokens", show_default=True)]
 Samples = Annotated[int, _option(DATA, "N", "Windows of text that are drawn.", show_default=True)]
 Length = Annotated[

@@ -1,15 +1,18 @@
 """Make a plan as a command asks for, with the model's facts and the solver written into it."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .inputs import ModelChoice
-from .screen import Screen
+from .running import show_notes
+from .screen import Screen, table
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..methods import Search
     from ..plan import Plan
     from ..solvers import Solver
     from ..structure import Structure
@@ -24,13 +27,47 @@ def make_plan(
     data: "Batches | None",
     screen: Screen,
     solver: "Solver | None" = None,
-) -> "Plan":
-    """Scores, allocation, plan; checked against the model. Raises BudgetError, ScoreError, PlanError."""
-    with screen.task(f"Planning with {name_of(method)}"):
-        plan: Plan = method.plan(model, data, structure=structure)
+    record: Path | None = None,
+) -> "tuple[Plan, Search | None]":
+    """Scores, allocation, plan; checked against the model, its notes said, and what was tried where that was a search.
+
+    record: where a search writes what it has tried, so that it goes on after a kill; removed at its end. Raises BudgetError,
+    ScoreError, PlanError.
+    """
+    from ..methods import Auto
+    from ..scores import alphas_kept, watched
+
+    search: Search | None = None
+    with screen.task(f"Planning with {name_of(method)}") as step, alphas_kept(alphas_folder()):
+        if isinstance(method, Auto):
+            search = method.search(model, data, structure=structure, record=record, progress=step)
+            plan = search.plan
+        else:
+            with watched(step):
+                plan = method.plan(model, data, structure=structure)
+    if search is not None:
+        _show_search(search, screen)
+        if record is not None:
+            record.unlink(missing_ok=True)
+    show_notes(plan.notes, screen)
     plan = with_facts(plan, choice, structure, solver)
     plan.check(structure.layers, blocks=[block.name for block in structure.blocks], fingerprint=structure.fingerprint)
-    return plan
+    return plan, search
+
+
+def tried_of(search: "Search | None") -> dict[str, Any]:
+    """What a search tried, as a part of a command's JSON."""
+    return {} if search is None else {"tried": [asdict(one) for one in search.tried]}
+
+
+def _show_search(search: "Search", screen: Screen) -> None:
+    """Nearest to the dense model first, then what could not be tried."""
+    rows = table("plan", "divergence", "on unseen data", "seconds", "")
+    known = sorted((one for one in search.tried if one.divergence is not None), key=lambda one: one.divergence or 0.0)
+    for one in [*known, *(one for one in search.tried if one.divergence is None)]:
+        figures = ["" if value is None else f"{value:.4f}" for value in (one.divergence, one.unseen)]
+        rows.add_row(one.name, *figures, f"{one.seconds:.1f}" if one.seconds else "", one.reason)
+    screen.show(rows, "")
 
 
 def with_facts(plan: "Plan", choice: ModelChoice, structure: "Structure", solver: "Solver | None" = None) -> "Plan":
@@ -46,6 +83,18 @@ def with_facts(plan: "Plan", choice: ModelChoice, structure: "Structure", solver
     if solver is not None:
         updates["solver"] = {"name": solver.name, **asdict(solver)}  # type: ignore[call-overload]
     return plan.model_copy(update=updates).with_achieved(structure.layers)
+
+
+def alphas_folder() -> Path | None:
+    """Where exponents of weights are kept from one command to the next: LAYERWISE_CACHE/alphas, or a folder of the user's cache.
+
+    None if LAYERWISE_CACHE is "off". They depend on the weights' bytes alone, so nothing here can be out of date.
+    """
+    chosen = os.environ.get("LAYERWISE_CACHE", "")
+    if chosen.lower() == "off":
+        return None
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerwise"
+    return (Path(chosen) if chosen else home) / "alphas"
 
 
 def name_of(method: Any) -> str:

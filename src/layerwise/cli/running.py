@@ -70,7 +70,7 @@ def work_folder(folder: Path) -> Iterator["Work"]:
 
 
 def show_notes(notes: tuple[str, ...], screen: Screen) -> None:
-    """What the solvers want the user to know; long lists are cut."""
+    """What a method or a solver wants the user to know; long lists are cut."""
     for note in notes[:MOST_NOTES]:
         screen.say(f"note: {note}", style="yellow")
     if len(notes) > MOST_NOTES:

@@ -119,9 +119,11 @@ def table(*columns: str, title: str | None = None, left: int = 1) -> Table:
 
 
 def _console(stderr: bool) -> Console:
-    console = Console(stderr=stderr, highlight=False)
+    # bound now: bars go on while a library is kept from writing to sys.stderr
+    stream = sys.stderr if stderr else sys.stdout
+    console = Console(file=stream, highlight=False)
     if not console.is_terminal:
-        console = Console(stderr=stderr, highlight=False, width=WIDE)
+        console = Console(file=stream, highlight=False, width=WIDE)
     return console
 
 

@@ -27,6 +27,7 @@ class MethodChoice:
     min_sparsity: float | None = None
     max_sparsity: float | None = None
     set: Sequence[str] = ()
+    minutes: float | None = None
 
     def build(self, name: str | None = None, **more: Any) -> "Method":
         """The method, `more` added where it has such settings. Raises ConfigError for an unknown name or setting, offering the nearest."""
@@ -38,6 +39,7 @@ class MethodChoice:
             "pattern": self.pattern,
             "min_sparsity": self.min_sparsity,
             "max_sparsity": self.max_sparsity,
+            "minutes": self.minutes,
         }
         given = {key: value for key, value in common.items() if value is not None}
         if name in METHODS:

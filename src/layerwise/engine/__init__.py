@@ -3,7 +3,8 @@
 from .compress import Result, compress
 from .events import BlockFinished, BlockStarted, Event, LayerSolved, PassesWaiting
 from .ranks import Ranks
-from .walk import Settings, walk
+from .trial import Trials
+from .walk import Settings, walk, weights_key
 from .work import Work
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "Ranks",
     "Result",
     "Settings",
+    "Trials",
     "Work",
     "compress",
     "walk",
+    "weights_key",
 ]

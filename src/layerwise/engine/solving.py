@@ -1,6 +1,7 @@
 """Solving the layers of one block: those that share an input together, each written back in its own storage."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,15 @@ from ..solvers.select import spread
 from ..structure import Layer, as_matrices, from_matrices, parameter_of
 from .events import LayerSolved
 from .ranks import Ranks
+
+
+class Group(Protocol):
+    """Layers that see one input, with its statistics: `passes.SharedInput`, or anything that knows as much."""
+
+    @property
+    def layers(self) -> Sequence[Layer]: ...
+
+    def statistics(self) -> list[InputStatistics | None]: ...
 
 
 def solve_groups(
@@ -37,14 +47,14 @@ def solve_groups(
 
 
 def solve_group(
-    model: nn.Module, group: SharedInput, prunes: Mapping[str, Prune], solver: Solver, seed: int
+    model: nn.Module, group: Group, prunes: Mapping[str, Prune], solver: Solver, seed: int
 ) -> list[LayerSolved]:
     """Solve the layers of one input together, matrix by matrix (one for a linear, one per group or expert otherwise)."""
     first = group.layers[0]
     try:
         statistics = group.statistics() if solver.needs != "none" else [None] * first.matrices
         weights = [as_matrices(parameter_of(model, layer).detach(), layer).float() for layer in group.layers]
-        shares = [_per_matrix(layer, prunes[layer.name]) for layer in group.layers]
+        shares = [per_matrix(layer, prunes[layer.name]) for layer in group.layers]
         new = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
         solved: list[list[Solved]] = []
         sizes: list[list[float | None]] = []
@@ -69,7 +79,7 @@ def solve_group(
     return events
 
 
-def _per_matrix(layer: Layer, prune: Prune) -> list[Prune]:
+def per_matrix(layer: Layer, prune: Prune) -> list[Prune]:
     """The layer's exact count of zeros (`Prune.zeros`), spread over its matrices in whole weights, rows, columns or blocks."""
     if layer.matrices == 1 or prune.nm:  # n:m leaves no choice
         return [prune] * layer.matrices

@@ -137,11 +137,8 @@ def units_of(model: nn.Module, structure: Structure, prunes: Mapping[str, Prune]
     return [*(Unit(layer.parameter.rpartition(".")[0], (layer,)) for layer in outside), *blocks]
 
 
-def run_key(
-    model: nn.Module, plan: Plan, solver: Solver, data: Batches | None, settings: Settings, structure: Structure
-) -> dict[str, str]:
-    """Everything that the result depends on, in a form that shows what differs."""
-
+def weights_key(model: nn.Module, structure: Structure) -> str:
+    """16 hexadecimal digits that tell one set of weights from another."""
     weights = hashlib.sha256(structure.fingerprint.encode())
     if (store := store_of(model)) is not None:
         weights.update(store.fingerprint.encode())
@@ -150,8 +147,15 @@ def run_key(
             weights.update(f"{name}{parameter.dtype}".encode())
             plain = parameter.detach().cpu().contiguous().flatten()
             weights.update(plain.view(torch.uint8).numpy().data if plain.numel() else b"")
+    return weights.hexdigest()[:16]
+
+
+def run_key(
+    model: nn.Module, plan: Plan, solver: Solver, data: Batches | None, settings: Settings, structure: Structure
+) -> dict[str, str]:
+    """Everything that the result depends on, in a form that shows what differs."""
     return {
-        "model": weights.hexdigest()[:16],
+        "model": weights_key(model, structure),
         "plan": hashlib.sha256(repr(sorted(plan.to_dict()["layers"].items())).encode()).hexdigest()[:16],
         "solver": repr({"name": solver.name, **asdict(solver)}),  # type: ignore[call-overload]
         "data": data.hash if data is not None else "none",

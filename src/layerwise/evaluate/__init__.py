@@ -7,7 +7,9 @@ from typing import Any
 from .accuracy import Accuracy, MultipleChoice, accuracy, multiple_choice
 from .divergence import Divergence, divergence
 from .evaluation import Evaluation, evaluate
-from .harness import HarnessResult, harness
+from .harness import HarnessResult, differences, harness
+from .harness_figures import Figure
+from .harness_tasks import Tasks, find_tasks
 from .latency import Latency, latency
 from .memory import PeakMemory, peak_memory
 from .perplexity import Perplexity, perplexity
@@ -17,16 +19,20 @@ __all__ = [
     "Accuracy",
     "Divergence",
     "Evaluation",
+    "Figure",
     "HarnessResult",
     "Latency",
     "MultipleChoice",
     "PeakMemory",
     "Perplexity",
+    "Tasks",
     "ZeroCount",
     "accuracy",
     "count_zeros",
+    "differences",
     "divergence",
     "evaluate",
+    "find_tasks",
     "harness",
     "latency",
     "multiple_choice",

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, ModelError
+from ..tasks import undisturbed
 from ..tasks.batches import Batches, call
 from ..tasks.text import tokenizer_hash
-from .logits import Progress, logits_of, undisturbed
+from .logits import Progress, logits_of
 from .protocol import Protocol, environment_of, protocol_of
 
 if TYPE_CHECKING:

@@ -101,17 +101,18 @@ def cells(
 ) -> Iterator[Cell]:
     """Make and measure cell after cell; `model` equals `dense` again after each, also if the caller stops.
 
-    calibration: seed -> the windows drawn with it. A plan is made once for all solvers, its time counts for each.
+    calibration: seed -> the windows drawn with it. A plan is made once for all
+    solvers that its method is set up alike for; its time counts for each.
     Errors as of the methods, `compress` and `evaluate`.
     """
     recipes, settings = list(recipes), settings or Settings()
-    plans: dict[tuple[str, float, int], tuple[Plan, float]] = {}
+    plans: dict[tuple[str, int, str], tuple[Plan, float]] = {}
     for number, recipe in enumerate(recipes):
         say = _teller(progress, recipe, number, len(recipes))
         data = calibration(recipe.seed)
         try:
             with peak_memory() as peak:
-                key = recipe.name, recipe.sparsity, recipe.seed
+                key = recipe.name, recipe.seed, repr(recipe.method)  # a method may be set up for its solver
                 if key not in plans:
                     say("planning")
                     started = time.perf_counter()
@@ -127,7 +128,7 @@ def cells(
                 seconds += time.perf_counter() - started
             say("measuring")
             found = evaluate(model, held_out, against=dense, device=settings.device)
-            yield Cell(recipe, plan, result.sparsity, found, seconds, peak.rss, result.notes)
+            yield Cell(recipe, plan, result.sparsity, found, seconds, peak.rss, (*plan.notes, *result.notes))
         finally:
             restore(model, dense, structure)
 

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
+from ..tasks import undisturbed
 from ..tasks.batches import Batches
-from .logits import Progress, token_sums, undisturbed
+from .logits import Progress, token_sums
 from .protocol import Protocol, protocol_of
 
 

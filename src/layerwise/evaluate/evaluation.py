@@ -5,11 +5,12 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
+from ..tasks import undisturbed
 from ..tasks.batches import Batches
 from ..tasks.text import check_vocabulary
-from .logits import Convention, Progress, dtype_of, token_sums, undisturbed
+from .logits import Convention, Progress, dtype_of, token_sums
 from .perplexity import exponential
-from .protocol import Protocol, protocol_of
+from .protocol import Protocol, model_hash, protocol_of
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def evaluate(
             "scored_tokens": sums.tokens,
             "windows": sums.windows,
         }
+        if against is not None:
+            protocol |= {"dense_model": model_hash(against), "dense_dtype": dtype_of(against)}
     if against is None:
         return Evaluation(exponential(sums.nll / sums.tokens), sums.tokens, None, None, None, protocol)
     return Evaluation(
@@ -60,7 +63,7 @@ def evaluate(
         kl=max(0.0, sums.kl / sums.tokens),  # rounding alone can make it negative
         top1=sums.agree / sums.tokens,
         dense_perplexity=exponential(sums.dense_nll / sums.tokens),
-        protocol=protocol | {"dense_dtype": dtype_of(against)},
+        protocol=protocol,
     )
 
 

@@ -4,17 +4,16 @@ Cross-entropy and divergence are computed in float32 whatever the model's dtype:
 0.5 %. Rows are upcast a few at a time, so that the logits of a long window never exist a second time in float32.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError, DataError, ModelError, ScoreError
 from ..tasks.batches import Batch, Batches, call
+from ..tasks.divergence import kl_rows
 
 Convention = Literal["standard", "wanda", "all"]
 Progress = Callable[[int, int], None]  # batches done, batches in all
@@ -71,28 +70,6 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
             f"{type(model).__name__} gives no logits for every token: perplexity needs a causal language model."
         )
     return logits
-
-
-@contextmanager
-def undisturbed(models: Sequence[nn.Module], device: str | torch.device | None = None) -> Iterator[None]:
-    """Evaluation mode, no gradients, models on `device`; afterwards every module's mode, the device and the random state are
-    what they were. Raises ConfigError for moving a model that is spread over several devices."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    homes = [_home(model) for model in models] if device is not None else []
-    state = torch.get_rng_state()
-    try:
-        for model in models:
-            model.eval()
-            if device is not None:
-                model.to(device)
-        with torch.no_grad():
-            yield
-    finally:
-        for model, home in zip(models, homes, strict=False):
-            model.to(home)
-        for module, mode in modes:
-            module.training = mode
-        torch.set_rng_state(state)  # a forward in evaluation mode draws nothing; a model's own code may
 
 
 def dtype_of(model: nn.Module) -> str:
@@ -152,14 +129,5 @@ def _compare(sums: Sums, log_q: Tensor, dense: Tensor, wanted: Tensor) -> None:
     """log_q, dense: (rows, vocabulary) log-probabilities of the compressed model, logits of the dense one."""
     log_p = F.log_softmax(dense, dim=-1)
     sums.dense_nll -= log_p.gather(-1, wanted).double().sum().item()
-    terms = log_p.exp() * (log_p - log_q)
-    # 0 log 0 = 0: some models mask part of their vocabulary with -inf
-    sums.kl += terms.masked_fill_(log_p.isneginf(), 0.0).sum(-1).double().sum().item()
+    sums.kl += kl_rows(log_p, log_q).double().sum().item()
     sums.agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-
-
-def _home(model: nn.Module) -> torch.device:
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1:
-        raise ConfigError(f"the model lies on {len(devices)} devices: leave `device` out, it is evaluated where it is.")
-    return devices.pop()

@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
+from ..tasks import undisturbed
 from ..tasks.batches import Batches
-from .logits import Convention, Progress, token_sums, undisturbed
+from .logits import Convention, Progress, token_sums
 from .protocol import Protocol, protocol_of
 
 

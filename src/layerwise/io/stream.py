@@ -50,6 +50,11 @@ class BlockFiles:
             _set(self.model, name, _get(self.model, name).to("meta"))
         _return_free_memory()
 
+    def read(self, parameter: str) -> Tensor:
+        """The values of one parameter, in the dtype of the model; it stays on the meta device."""
+        with safe_open(self.where[parameter], framework="pt") as opened:
+            return self._cast(opened.get_tensor(parameter))
+
     def replace(self, block: str, file: Path) -> None:
         """From now on the block's tensors are those of this file, where it has them."""
         with safe_open(file, framework="pt") as opened:
@@ -70,9 +75,12 @@ class BlockFiles:
                 file, framework="pt"
             ) as opened:  # closed after each block: its pages count as memory while open
                 for name in inside:
-                    tensor = opened.get_tensor(name)
-                    floating = tensor.is_floating_point() and self.dtype is not None
-                    _set(self.model, name, tensor.to(self.dtype if floating else tensor.dtype, copy=True))
+                    _set(self.model, name, self._cast(opened.get_tensor(name)))
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        """A copy, so that nothing keeps the file open."""
+        floating = tensor.is_floating_point() and self.dtype is not None
+        return tensor.to(self.dtype if floating else tensor.dtype, copy=True)
 
 
 def load_streamed(name: str | Path, *, dtype: torch.dtype | None = None) -> nn.Module:

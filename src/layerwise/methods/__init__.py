@@ -3,21 +3,38 @@
 from typing import Any
 
 from ..settings import build
+from .alpha_pruning import AlphaPruning
+from .auto import Auto, Search
 from .base import Method
+from .ecoflap import ECoFLaP
 from .erdos_renyi import ER, ERK, ERKPlus
+from .farms import FARMS
+from .grasp import GraSP, GraSPRatio
 from .owl import OWL
 from .random_ratios import RandomRatios
+from .snip import SNIP, SNIPRatio
+from .synflow import SynFlow
 from .uniform import Uniform
 from .uniform_plus import UniformPlus
 
 __all__ = [
     "ER",
     "ERK",
+    "FARMS",
     "METHODS",
     "OWL",
+    "SNIP",
+    "AlphaPruning",
+    "Auto",
+    "ECoFLaP",
     "ERKPlus",
+    "GraSP",
+    "GraSPRatio",
     "Method",
     "RandomRatios",
+    "SNIPRatio",
+    "Search",
+    "SynFlow",
     "Uniform",
     "UniformPlus",
     "method_from",
@@ -30,7 +47,16 @@ METHODS: dict[str, type[Method]] = {
     "erk": ERK,
     "erk-plus": ERKPlus,
     "owl": OWL,
+    "ecoflap": ECoFLaP,
+    "alpha-pruning": AlphaPruning,
+    "farms": FARMS,
+    "snip": SNIP,
+    "snip-ratio": SNIPRatio,
+    "grasp": GraSP,
+    "grasp-ratio": GraSPRatio,
+    "synflow": SynFlow,
     "random": RandomRatios,
+    "auto": Auto,
 }
 
 

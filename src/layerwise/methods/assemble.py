@@ -1,7 +1,7 @@
 """From sparsities to a plan, and the facts about a model that methods share."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -33,6 +33,7 @@ def plan_of(
     low: Bound = 0.0,
     high: Bound = 1.0,
     scores: Mapping[str, float] | None = None,
+    notes: Sequence[str] = (),
 ) -> Plan:
     """The plan that prunes every layer of `structure`, unstructured, by whole weights that meet `sparsity` to the last.
 
@@ -41,7 +42,7 @@ def plan_of(
     sizes = sizes_of(structure)
     counts = exact_counts(sparsities, sizes, sparsity, low, high)
     prunes = {name: Prune(sparsity=exact) for name, exact in sparsities_of(counts, sizes).items()}
-    return plan_with(method, model, structure, sparsity, prunes, scores)
+    return plan_with(method, model, structure, sparsity, prunes, scores, notes)
 
 
 def plan_with(
@@ -51,6 +52,7 @@ def plan_with(
     sparsity: float,
     prunes: Mapping[str, Prune],
     scores: Mapping[str, float] | None = None,
+    notes: Sequence[str] = (),
 ) -> Plan:
     """The plan with these treatments, the model's facts and the sparsity it achieves."""
     name = str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
@@ -62,6 +64,7 @@ def plan_with(
         budget=Budget(sparsity=sparsity),
         layers=dict(prunes),
         scores=dict(scores or {}),
+        notes=tuple(notes),
     )
     return plan.with_achieved(structure.layers)
 

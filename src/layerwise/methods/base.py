@@ -4,7 +4,7 @@ from typing import ClassVar, Protocol
 
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..plan import Plan
 from ..structure import Structure
 from ..tasks.batches import Batches
@@ -33,3 +33,10 @@ def check_sparsities(owner: str, sparsity: float, low: float = 0.0, high: float 
         raise ConfigError(
             f"{owner}.min_sparsity={low:g}, max_sparsity={high:g}: give 0 <= min_sparsity <= max_sparsity <= 1."
         )
+
+
+def needed(owner: str, data: Batches | None) -> Batches:
+    """The batches. Raises DataError if there are none."""
+    if data is None or not len(data):
+        raise DataError(f"{owner} looks at batches of the task and needs calibration data (--data).")
+    return data

@@ -3,7 +3,8 @@
 from .collect import Collector, SharedInput
 from .dense import collect_dense
 from .paused import Enough, Forward, Pass, PausedPasses
-from .residency import Store, at_hand, store_of
+from .replay import Recording, Replays, Tail
+from .residency import Store, at_hand, store_of, weight_at_hand
 from .spill import spilling
 from .statistics import Accumulator, InputStatistics, Need
 from .waiting import Waiting, waiting_of
@@ -17,12 +18,16 @@ __all__ = [
     "Need",
     "Pass",
     "PausedPasses",
+    "Recording",
+    "Replays",
     "SharedInput",
     "Store",
+    "Tail",
     "Waiting",
     "at_hand",
     "collect_dense",
     "spilling",
     "store_of",
     "waiting_of",
+    "weight_at_hand",
 ]

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from ..errors import LayerwiseError, WalkError
 from ..tasks.batches import Batch, call
 from .spill import Spill, spill_of
+from .wrapping import cannot_run, replace_forward, set_eval
 
 T = TypeVar("T")
 Forward = Callable[[nn.Module, Batch], object]
@@ -108,9 +109,7 @@ class PausedPasses(AbstractContextManager["PausedPasses"]):
         self._by_runner: dict[greenlet, Pass] = {}
 
     def __enter__(self) -> "PausedPasses":
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        self._restore.append(lambda: _train(training))
+        self._restore.append(set_eval(self.model))
         for name in self.order:
             self._restore.append(self._wrap(name, self.model.get_submodule(name)))
         return self
@@ -150,16 +149,11 @@ class PausedPasses(AbstractContextManager["PausedPasses"]):
         except LayerwiseError:
             raise
         except Exception as error:  # the model's own code: any class may come out
-            where = f' in "{one.block}"' if one.block else ""
-            reason = (str(error).splitlines() or ["no reason given"])[0].rstrip(".")
-            raise WalkError(
-                f"the model cannot run on batch {one.index}{where}: {type(error).__name__}: {reason}. Check that the data is what"
-                " the model takes."
-            ) from error
+            raise cannot_run(error, one.index, one.block) from error
         one.block, one.arguments = None, ((), {})
 
     def _wrap(self, name: str, module: nn.Module) -> Callable[[], None]:
-        original, had = module.forward, "forward" in vars(module)
+        original = module.forward
 
         def wait(*args: Any, **kwargs: Any) -> Any:
             one = self._by_runner.get(getcurrent())
@@ -178,20 +172,7 @@ class PausedPasses(AbstractContextManager["PausedPasses"]):
             output, one.outcome = one.outcome, None
             return output
 
-        module.forward = wait
-
-        def undo() -> None:
-            if had:
-                module.forward = original
-            else:
-                del module.forward
-
-        return undo
-
-
-def _train(modules: Sequence[nn.Module]) -> None:
-    for module in modules:
-        module.training = True
+        return replace_forward(module, wait)
 
 
 def tensors_of(tree: Any) -> list[Tensor]:

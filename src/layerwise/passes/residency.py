@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Store(Protocol):
@@ -26,6 +26,10 @@ class Store(Protocol):
         """Drop the block's parameters from memory; what was not kept elsewhere is read again next time."""
         ...
 
+    def read(self, parameter: str) -> Tensor:
+        """The values of one parameter of a block, from where they are stored; nothing is filled in."""
+        ...
+
     def replace(self, block: str, file: Path) -> None:
         """From now on the block's weights are those of this safetensors file."""
         ...
@@ -35,6 +39,12 @@ def store_of(model: nn.Module) -> Store | None:
     """The store of a streamed model; None for a model that is in memory."""
     store: Store | None = getattr(model, "layerwise_store", None)
     return store
+
+
+def weight_at_hand(model: nn.Module, parameter: str) -> Tensor:
+    """The values of one parameter, detached: those in memory, or of a streamed model read from its files, that one alone."""
+    found, store = model.get_parameter(parameter), store_of(model)
+    return store.read(parameter) if found.is_meta and store is not None else found.detach()
 
 
 @contextmanager

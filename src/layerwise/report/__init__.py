@@ -3,5 +3,6 @@
 from .bars import bar_chart
 from .html import html_report
 from .plots import plot_sparsities
+from .spectra import SpectrumView, plot_spectra, view_of
 
-__all__ = ["bar_chart", "html_report", "plot_sparsities"]
+__all__ = ["SpectrumView", "bar_chart", "html_report", "plot_sparsities", "plot_spectra", "view_of"]

@@ -32,7 +32,7 @@ def by_depth(plan: Plan, layers: Sequence[Layer]) -> Depth:
         entry = plan.layers.get(layer.name)
         if entry and entry.prune:
             lines.setdefault(label, []).append((place[layer.block or layer.name], entry.prune.sparsity))
-    return Depth(tuple(_short(homes)), _merged(lines))
+    return Depth(tuple(short_names(homes)), _merged(lines))
 
 
 def _merged(lines: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
@@ -66,7 +66,7 @@ def labels(layers: Sequence[Layer]) -> list[str]:
     ]
 
 
-def _short(names: Sequence[str]) -> list[str]:
+def short_names(names: Sequence[str]) -> list[str]:
     """Names without the dotted parts that all share: model.layers.0, model.layers.1 -> 0, 1."""
     split = [name.split(".") for name in names]
     shared = 0

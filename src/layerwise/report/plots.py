@@ -25,14 +25,10 @@ def plot_sparsities(plans: Mapping[str, Plan], layers: Sequence[Layer], path: st
     depths = {name: depth for name, plan in plans.items() if (depth := by_depth(plan, layers)).lines}
     if not depths:
         raise ConfigError("plot_sparsities: none of the plans prunes any of these layers. Give plans of this model.")
-    figure_class, canvas_class = _matplotlib()
     across = 2 if len(depths) == 4 else min(len(depths), 3)
     down = math.ceil(len(depths) / across)
     wide = len(next(iter(depths.values())).columns) > 40
-    figure = figure_class(
-        figsize=((7.5 if wide or across == 1 else 4.6) * across, 3.3 * down + 0.9), layout="constrained"
-    )
-    canvas_class(figure)
+    figure = new_figure((7.5 if wide or across == 1 else 4.6) * across, 3.3 * down + 0.9)
     panels = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
     styles = _styles(depths)
     for panel, (name, depth) in zip(panels, depths.items(), strict=False):
@@ -46,7 +42,7 @@ def plot_sparsities(plans: Mapping[str, Plan], layers: Sequence[Layer], path: st
         panel.set_visible(number < len(depths))
     _scale(panels[0], depths)
     _legend(figure, panels[: len(depths)])
-    return _write(figure, Path(path))
+    return write_png(figure, Path(path))
 
 
 def _draw(panel: Any, depth: Depth, styles: Mapping[str, tuple[str, str]]) -> None:
@@ -105,8 +101,8 @@ def _legend(figure: Any, panels: Sequence[Any]) -> None:
     )
 
 
-def _matplotlib() -> tuple[Any, Any]:
-    """The figure and the Agg canvas: no window, no pyplot, no global state."""
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib figure of so many inches on an Agg canvas: no window, no pyplot, no global state. Raises MissingExtra."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -114,10 +110,13 @@ def _matplotlib() -> tuple[Any, Any]:
         if error.name != "matplotlib":  # installed but broken: do not tell the user to install it
             raise
         raise MissingExtra("a plot needs matplotlib: pip install 'layerwise[report]'.") from error
-    return Figure, FigureCanvasAgg
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
-def _write(figure: Any, path: Path) -> Path:
+def write_png(figure: Any, path: Path) -> Path:
+    """The figure as a file, whole or not at all. Raises OutputError."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,22 @@
 """What a model is made of: stacks of blocks, layers with roles and sizes, and one view of every weight as matrices."""
 
 from .find import structure_of
+from .groups import Granularity, groups_of, towers_of
 from .parts import Block, Kind, Layer, Stack, Structure
 from .views import as_matrices, from_matrices, module_of, parameter_of
 
 __all__ = [
     "Block",
+    "Granularity",
     "Kind",
     "Layer",
     "Stack",
     "Structure",
     "as_matrices",
     "from_matrices",
+    "groups_of",
     "module_of",
     "parameter_of",
     "structure_of",
+    "towers_of",
 ]

@@ -1,7 +1,23 @@
-"""Batches: where they come from, the facts that belong beside their numbers, and how one goes through a model."""
+"""Batches: where they come from, the facts that belong beside their numbers, and how one goes through a model, and its loss there."""
 
 from .batches import Batch, Batches, call
+from .divergence import Yardstick
 from .images import images
+from .losses import Loss, loss_of
 from .text import check_vocabulary, continued, held_out, text
+from .undisturbed import undisturbed
 
-__all__ = ["Batch", "Batches", "call", "check_vocabulary", "continued", "held_out", "images", "text"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "Loss",
+    "Yardstick",
+    "call",
+    "check_vocabulary",
+    "continued",
+    "held_out",
+    "images",
+    "loss_of",
+    "text",
+    "undisturbed",
+]

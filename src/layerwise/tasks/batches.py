@@ -42,6 +42,21 @@ class Batches(Sequence[Batch]):
         return digest.hexdigest()[:16]
 
 
+def first_samples(data: Sequence[Batch], samples: int | None) -> list[Batch]:
+    """The first batches that hold at least `samples` samples together, or all of them; a sample is a row of a batch."""
+    chosen: list[Batch] = []
+    for batch in data:
+        if samples is not None and count_samples(chosen) >= samples:
+            break
+        chosen.append(batch)
+    return chosen
+
+
+def count_samples(data: Sequence[Batch]) -> int:
+    """Rows of all batches together."""
+    return sum(next((int(value.shape[0]) for value in batch.values() if value.ndim), 1) for batch in data)
+
+
 def call(model: nn.Module, batch: Batch) -> object:
     """One forward pass of the real model, KV cache off where the model knows the word. Tensors go to `model`'s device.
 

@@ -10,6 +10,7 @@ from rich.markup import escape
 from .. import options
 from ..given import refuse
 from ..inputs import DataChoice, ModelChoice, environment_line, protocol_line
+from ..planning import alphas_folder
 from ..screen import Screen
 from ..settings import MethodChoice, device_of, propagate_of, solver_of
 from ..tables import by_budget, results_table, write_report
@@ -57,6 +58,7 @@ def compare(
 
     from ...engine import Settings
     from ...evaluate.compare import cells
+    from ...scores import alphas_kept
 
     screen = Screen(json=json, quiet=quiet)
     if output is None:
@@ -86,7 +88,7 @@ def compare(
     structure = choice.structure(loaded)
     dense = copy.deepcopy(loaded)
     done: list[Cell] = []
-    with screen.task("Comparing") as step:
+    with screen.task("Comparing") as step, alphas_kept(alphas_folder()):
         for cell in cells(
             loaded, dense, recipes, calibration=drawn.__getitem__, held_out=windows, structure=structure, settings=settings,
             progress=lambda now: step(now.done, now.total, f"{now.recipe.name} {now.recipe.sparsity:.0%} {now.stage}"),
@@ -119,7 +121,7 @@ def _recipes(
             for name in names:
                 # settings are for the methods asked for; the controls have none that matter
                 choice = MethodChoice(name, budget, pattern, set=settings if name in asked else ())
-                found += [Recipe(name, choice.build(seed=seed), budget, seed, one) for seed in seeds]
+                found += [Recipe(name, choice.build(seed=seed, solver=one.name), budget, seed, one) for seed in seeds]
     return found
 
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 from .. import options
 from ..given import CALIBRATION, SHARING, refuse
 from ..inputs import DataChoice, ModelChoice, protocol_line
-from ..planning import make_plan, with_facts
+from ..planning import make_plan, tried_of, with_facts
 from ..running import bar_of, show_notes, work_folder
 from ..screen import Screen, table
 from ..settings import MethodChoice, device_of, propagate_of, solver_of
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ...engine import Result, Settings, Work
     from ...io import Saved
+    from ...methods import Search
     from ...plan import Plan
     from ...solvers import Solver
     from ...tasks import Batches
@@ -37,6 +38,7 @@ def compress(
     set_: options.Set = None,
     min_sparsity: options.MinSparsity = None,
     max_sparsity: options.MaxSparsity = None,
+    minutes: options.Minutes = None,
     plan: options.Apply = None,
     solver: options.Solver = None,
     solver_set: options.SolverSet = None,
@@ -72,14 +74,14 @@ def compress(
         (tuple(include or ()), tuple(exclude or ())) if plan is None else (("*",), ())
     )  # a plan names its layers itself
     choice = ModelChoice(model, dtype, *chosen_globs, remote_code)
-    asked = MethodChoice(method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()))
+    asked = MethodChoice(method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()), minutes)
     if plan is not None:
         refuse(context, "the plan says which layers are pruned and how much (--plan)", *SHARING)
     if stream:
         refuse(context, "streamed models are built by transformers' own classes (--stream)", "remote_code")
     given = Plan.load(plan) if plan is not None else None
-    built = None if given is not None else asked.build(seed=seed)
     chosen = solver_of(solver, solver_set or (), given.solver if given is not None else None)
+    built = None if given is not None else asked.build(seed=seed, solver=chosen.name)
     where = device_of(device)
     ranks = Ranks.join(where)
     check_output(output, force=force, needed=2 * choice.bytes)  # the finished blocks, and the folder made from them
@@ -96,16 +98,19 @@ def compress(
         settings = Settings(propagate_of(propagate), None if where.type == "cpu" else where, held, seed)
         loaded = choice.load(screen, stream=stream, device=where)
         structure = choice.structure(loaded)
+        search = None
         if given is not None:
+            show_notes(given.notes, screen)
             final = with_facts(given, choice, structure, chosen) if given.model is None else _with_solver(given, chosen)
         else:
-            final = make_plan(built, choice, loaded, structure, drawn, screen, chosen)
+            record = output.with_name(f"{output.name}.search.json") if ranks.rank == 0 else None
+            final, search = make_plan(built, choice, loaded, structure, drawn, screen, chosen, record)
             final = Plan.model_validate(ranks.share_object(final.to_dict(), 0))  # the last bit of a score may differ
         job = _Job(choice, loaded, final, chosen, drawn, settings, held, stream)
         result = job.run(screen)
         saved = job.save(output, force, result, screen) if ranks.rank == 0 else None
     if saved is not None:
-        _show(job, result, saved, screen)
+        _show(job, result, saved, search, screen)
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,7 @@ def _with_solver(plan: "Plan", solver: "Solver") -> "Plan":
     return plan.model_copy(update={"solver": {"name": solver.name, **asdict(solver)}})  # type: ignore[call-overload]
 
 
-def _show(job: _Job, result: "Result", saved: "Saved", screen: Screen) -> None:
+def _show(job: _Job, result: "Result", saved: "Saved", search: "Search | None", screen: Screen) -> None:
     show_notes(result.notes, screen)
     seconds = result.seconds
     rows = table("", "", left=2)
@@ -184,6 +189,7 @@ def _show(job: _Job, result: "Result", saved: "Saved", screen: Screen) -> None:
         {
             "output": str(saved.folder),
             "plan": job.plan.to_dict(),
+            **tried_of(search),
             "result": result.to_dict(),
             "saved": {
                 "bytes": saved.report.bytes,

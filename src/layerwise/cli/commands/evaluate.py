@@ -1,23 +1,28 @@
 """`layerwise evaluate`: what a compressed model lost, beside the dense one."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.markup import escape
 
+from ...errors import ConfigError
 from .. import options
 from ..given import refuse
-from ..inputs import DataChoice, ModelChoice, environment_line, protocol_line
+from ..inputs import DataChoice, ModelChoice, environment_line, hash_line, protocol_line
 from ..screen import Screen, table
 from ..settings import convention_of, device_of
+from ..zero_shot import zero_shot
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ...evaluate import ZeroCount
+    from ...evaluate import Latency, ZeroCount
+    from ...evaluate.logits import Convention
     from ...tasks import Batches
+
+TIMES = ("prefill ms", "ms/token", "KV bytes")
 
 
 def evaluate(
@@ -27,6 +32,9 @@ def evaluate(
     data: options.Data = None,
     length: options.Length = None,
     tokens: options.Tokens = None,
+    bos: options.Bos = False,
+    tasks: options.Tasks = None,
+    limit: options.Limit = None,
     convention: options.Convention = "standard",
     latency: options.Latency = False,
     batch: options.Batch = None,
@@ -37,48 +45,66 @@ def evaluate(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Perplexity on a text, and how far the model has moved from the dense one; zeros and bytes from its files.
+    """Perplexity on a text, or accuracy in tasks, and how far the model has moved from the dense one; zeros and bytes of its files.
 
     [dim]Example:[/]  layerwise evaluate out --against demo
-    """
-    from ...evaluate import count_zeros
-    from ...evaluate import evaluate as measure
 
+    [dim]Example:[/]  layerwise evaluate out --against demo --tasks examples/lm_eval/stdlib_modules.yaml
+    """
     screen = Screen(json=json, quiet=quiet)
     where, known = device_of(device), convention_of(convention)
+    of_text = ("tokens", "bos", "convention", "latency")
+    if tasks is not None:
+        refuse(context, "since --tasks bring their own text", "data", *of_text)
+    elif limit is not None:
+        raise ConfigError("--limit goes with --tasks; of a text, --tokens N takes the first N tokens.")
     choices = {"model": ModelChoice(model, dtype, remote_code=remote_code)}
     if against is not None:
         choices["dense"] = ModelChoice(against, dtype, remote_code=remote_code)
     if choices["model"].sees:
-        refuse(
-            context, "since an image classifier is judged by its accuracy", "length", "tokens", "convention", "latency"
-        )
-    source = data or ("python-docs" if "demo" in (model, against) else None)
+        refuse(context, "since an image classifier is judged by its accuracy", "length", *of_text)
     for choice in choices.values():
         _ = choice.bytes  # a damaged file shows before anything is loaded
-        if not choice.sees:  # image classifiers are judged by their accuracy
+        if not choice.sees:
             choice.check_perplexity()
-    windows = DataChoice(source, length=length, batch=batch).read(
+    if tasks is not None:
+        zero_shot(choices, tasks, screen, limit=limit, batch=batch or 1, length=length, device=where)
+        return
+    source = data or ("python-docs" if "demo" in (model, against) else None)
+    windows = DataChoice(source, length=length, batch=batch, bos=bos).read(
         choices["model"], screen, tokens, tail=convention == "all"
     )
     models = {name: choice.load(screen) for name, choice in choices.items()}
     if choices["model"].sees:
         _classifier(choices, models, windows, where, screen)
-        return
+    else:
+        _language(choices, models, windows, screen, known, where, latency)
+
+
+def _language(
+    choices: "dict[str, ModelChoice]",
+    models: "dict[str, nn.Module]",
+    windows: "Batches",
+    screen: Screen,
+    convention: "Convention",
+    where: "torch.device",
+    latency: bool,
+) -> None:
+    from ...evaluate import count_zeros
+    from ...evaluate import evaluate as measure
+
     with screen.task("Evaluating") as step:
         found = measure(
             models["model"],
             windows,
             against=models.get("dense"),
-            convention=known,
+            convention=convention,
             device=where,
             progress=step,
         )
     files = {name: count_zeros(choice.folder) for name, choice in choices.items()}
     times = {name: _latency(one.to(where), screen, name) for name, one in models.items()} if latency else {}
-    rows = table(
-        "", "perplexity", "KL (nats)", "top-1 same", "zeros", "bytes", *(("prefill ms", "ms/token") if times else ())
-    )
+    rows = table("", "perplexity", "KL (nats)", "top-1 same", "zeros", "bytes", *(TIMES if times else ()))
     figures = {"model": (found.perplexity, found.kl, found.top1), "dense": (found.dense_perplexity, 0.0, 1.0)}
     for name, choice in reversed(choices.items()):
         perplexity, kl, top1 = figures[name]
@@ -89,18 +115,20 @@ def evaluate(
             "–" if top1 is None else f"{top1:.2%}",
             f"{_share(files[name]):.2%}",
             f"{files[name].bytes:,}",
-            *((f"{times[name]['prefill_ms']:.1f}", f"{times[name]['decode_ms']:.2f}") if times else ()),
+            *(_times(times[name]) if times else ()),
         )
     screen.show(
         rows,
         f"\n[dim]measured on: {escape(protocol_line(windows))}; {found.tokens:,} tokens scored[/]",
+        *([f"[dim]times: {_timed(times['model'])}[/]"] if times else []),
         f"[dim]with: {environment_line(found.protocol)}[/]",
+        f"[dim]hashes: {hash_line(found.protocol)}[/]",
     )
     screen.show_json(
         {
             **found.to_dict(),
             "files": {name: {"zeros": one.total, "bytes": one.bytes} for name, one in files.items()},
-            "latency": times or None,
+            "latency": {name: one.to_dict() for name, one in times.items()} or None,
         }
     )
 
@@ -125,23 +153,44 @@ def _classifier(
         right, same = figures[name]
         agreement = "–" if same is None else f"{same:.2%}"
         rows.add_row(choice.name, f"{right:.2%}", agreement, f"{_share(files[name]):.2%}", f"{files[name].bytes:,}")
-    screen.show(rows, f"\n[dim]measured on: {escape(protocol_line(pictures))}[/]")
+    protocol = found.protocol | ({"dense_model": dense.protocol["model"]} if dense else {})
+    screen.show(
+        rows,
+        f"\n[dim]measured on: {escape(protocol_line(pictures))}[/]",
+        f"[dim]with: {environment_line(protocol)}[/]",
+        f"[dim]hashes: {hash_line(protocol)}[/]",
+    )
     screen.show_json(
         {
             **found.to_dict(),
+            "protocol": protocol,
             "dense_top1": dense.top1 if dense else None,
             "files": {name: {"zeros": one.total, "bytes": one.bytes} for name, one in files.items()},
         }
     )
 
 
-def _latency(model: "nn.Module", screen: Screen, name: str) -> dict[str, Any]:
+def _latency(model: "nn.Module", screen: Screen, name: str) -> "Latency":
     from ...evaluate import latency
     from ...evaluate.logits import context_of
 
     limit = context_of(model) or 2048
     with screen.task(f"Timing {name}"):
-        return latency(model, prompt=min(2048, limit), context=min(128, limit // 2), new=min(128, limit // 2)).to_dict()
+        return latency(model, prompt=min(2048, limit), context=min(128, limit // 2), new=min(128, limit // 2))
+
+
+def _times(found: "Latency") -> tuple[str, ...]:
+    prefill = f"{found.prefill_ms:.1f} ({found.prefill_iqr:.1f})"
+    return prefill, f"{found.decode_ms:.2f} ({found.decode_iqr:.2f})", f"{found.kv_bytes:,}"
+
+
+def _timed(found: "Latency") -> str:
+    how = found.protocol
+    threads = f"{how['threads']} thread{'' if how['threads'] == 1 else 's'}"
+    return (
+        f"median (interquartile range) at batch 1 on {threads}; prefill and KV cache of {how['prompt']} tokens,"
+        f" {how['new']} tokens decoded after {how['context']}"
+    )
 
 
 def _share(counted: "ZeroCount") -> float:

@@ -1,6 +1,7 @@
 """`layerwise inspect`: what a model is made of."""
 
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -12,12 +13,14 @@ from ...settings import nearest
 from .. import options
 from ..given import CALIBRATION, refuse
 from ..inputs import DataChoice, ModelChoice, protocol_line
+from ..planning import alphas_folder
 from ..screen import Screen, table
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ...structure import Layer, Structure
+    from ...tasks import Batches
 
 
 def inspect(
@@ -25,6 +28,7 @@ def inspect(
     model: options.Model,
     layers: options.Layers = False,
     score: options.Score = None,
+    plot: options.Plot = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
     data: options.Data = None,
@@ -33,6 +37,7 @@ def inspect(
     batch: options.Batch = None,
     seed: options.Seed = 0,
     remote_code: options.RemoteCode = False,
+    force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -41,22 +46,24 @@ def inspect(
 
     [dim]Example:[/]  layerwise inspect demo --layers --include '*.mlp.*'
     [dim]Scores:[/]  layerwise inspect demo --score outlier-ratio
+    [dim]Spectra:[/]  layerwise inspect demo --score alpha-hill --plot spectra.png
     """
-    from ...scores import SCORES
+    from ...scores import SCORES, WITHOUT_DATA
 
     if score is not None and score not in SCORES:
         raise ConfigError(f'unknown score "{score}".{nearest(score, SCORES)} Scores: {", ".join(SCORES)}.')
-    if score is None:
-        refuse(context, "without --score nothing is measured", *CALIBRATION, "seed")
+    reads = score is not None and score not in WITHOUT_DATA
+    if not reads:
+        why = "without --score nothing is measured" if score is None else f"since {score} looks at weights alone"
+        refuse(context, why, *CALIBRATION, "seed")
+    if plot is not None:
+        _check_plot(plot, score, force)
     screen = Screen(json=json, quiet=quiet)
     choice = ModelChoice(model, include=tuple(include or ()), exclude=tuple(exclude or ()), remote_code=remote_code)
-    drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen) if score else None
+    drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen) if reads else None
     loaded = choice.load(screen)
     structure = choice.structure(loaded)
-    scores: dict[str, float] = {}
-    if score and drawn is not None:
-        with screen.task(f"Measuring {score}"):
-            scores = SCORES[score](loaded, drawn, structure)
+    scores = _measured(score, loaded, drawn, structure, plot, screen) if score else {}
     zeros = _zeros(loaded, structure)
     chosen = sum(layer.size for layer in structure.layers)
     screen.show(
@@ -66,11 +73,68 @@ def inspect(
         _layers(structure, zeros) if layers else _roles(structure, zeros),
         *(f"\nleft out: {count} × {reason}" for reason, count in Counter(r for _, r in structure.left_out).items()),
     )
-    if scores and drawn is not None:
-        screen.show(f"\n[bold]{score}[/] of each block (high = keep)", _bars(scores, screen), protocol_line(drawn))
+    if score:
+        _show_scores(score, scores, structure, drawn, screen)
+    if plot is not None:
+        screen.show(escape(f"Spectra of the layers, and their fits: {plot}"))
     screen.show_json(
         {**_facts(model, loaded, structure, zeros), **({"score": score, "scores": scores} if scores else {})}
     )
+
+
+def _check_plot(plot: Path, score: str | None, force: bool) -> None:
+    from ...errors import OutputError
+
+    if score != "alpha-hill":
+        raise ConfigError("--plot draws the spectra behind --score alpha-hill; ask for that score.")
+    if plot.suffix.lower() != ".png":
+        raise OutputError(f'output "{plot}": give a name that ends in .png.')
+    if plot.exists() and not force:
+        raise OutputError(f'output "{plot}" exists already. Give another name, or replace it: --force.')
+
+
+def _measured(
+    score: str,
+    model: "nn.Module",
+    data: "Batches | None",
+    structure: "Structure",
+    plot: Path | None,
+    screen: Screen,
+) -> dict[str, float]:
+    """The score by block or layer; the picture is written on the way, since it needs the spectra that alpha comes from."""
+    from ...report import plot_spectra, view_of
+    from ...scores import SCORES, alphas_kept, layer_tails, watched
+
+    with screen.task(f"Measuring {score}") as step, watched(step), alphas_kept(alphas_folder()):
+        if plot is None:
+            return SCORES[score](model, data, structure)
+        found, views = {}, []
+        for tail in layer_tails(model, structure, spectra=True):
+            views.append(view_of(structure.layer(tail.name), tail))
+            if tail.alpha is not None:
+                found[tail.name] = tail.alpha
+    plot_spectra(views, plot)
+    return found
+
+
+def _show_scores(
+    score: str, scores: dict[str, float], structure: "Structure", data: "Batches | None", screen: Screen
+) -> None:
+    """A bar for each block; of a score of layers their mean."""
+    from ...scores import LOW_KEEPS
+
+    blocks = {
+        block.name: [scores[layer.name] for layer in block.layers if layer.name in scores] for block in structure.blocks
+    }
+    means = {name: sum(some) / len(some) for name, some in blocks.items() if some}
+    of = "mean of the layers of each block" if means else "of each block" if structure.blocks else "of each layer"
+    keeps = "low" if score in LOW_KEEPS else "high"
+    screen.show(f"\n[bold]{score}[/], {of} ({keeps} = keep)", _bars(means or scores, screen))
+    if data is not None:
+        screen.show(protocol_line(data))
+    absent = len(structure.layers) - len(scores)
+    if means and absent:
+        screen.say(f"note: {absent} of {len(structure.layers)} layers have no {score}", style="yellow")
 
 
 def _zeros(model: "nn.Module", structure: "Structure") -> dict[str, int]:

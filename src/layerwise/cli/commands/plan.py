@@ -9,7 +9,8 @@ from rich.text import Text
 from .. import options
 from ..given import CALIBRATION, SHARING, refuse
 from ..inputs import DataChoice, ModelChoice
-from ..planning import make_plan
+from ..planning import make_plan, tried_of
+from ..running import show_notes
 from ..screen import Screen, table
 from ..settings import MethodChoice
 
@@ -31,6 +32,7 @@ def plan(
     set_: options.Set = None,
     min_sparsity: options.MinSparsity = None,
     max_sparsity: options.MaxSparsity = None,
+    minutes: options.Minutes = None,
     edit: options.Edit = None,
     rebalance: options.Rebalance = False,
     keep: options.Keep = None,
@@ -50,6 +52,7 @@ def plan(
     """Decide how sparse each layer gets, and write the plan to a file that can be read, edited and applied.
 
     [dim]Example:[/]  layerwise plan demo --method erk --sparsity 0.6 -o plan.yaml
+    [dim]Whatever is best for one solver:[/]  layerwise plan demo --method auto --set solver=sparsegpt --minutes 5 -o plan.yaml
     [dim]After edits by hand:[/]  layerwise plan demo --edit plan.yaml --rebalance --keep '*.down_proj' -o plan2.yaml
     """
     from ...errors import OutputError
@@ -70,7 +73,8 @@ def plan(
         (tuple(include or ()), tuple(exclude or ())) if edit is None else (("*",), ())
     )  # a plan names its layers itself
     choice = ModelChoice(model, dtype, *chosen_globs, remote_code)
-    chosen = MethodChoice(method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()))
+    chosen = MethodChoice(method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()), minutes)
+    search = None
     if edit is not None:
         made = Plan.load(edit)
         structure = choice.structure(choice.load(screen))
@@ -87,13 +91,16 @@ def plan(
             drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen)
         loaded = choice.load(screen)
         structure = choice.structure(loaded)
-        made = make_plan(built, choice, loaded, structure, drawn, screen)
+        record = None if output is None else output.with_name(f"{output.name}.search.json")
+        made, search = make_plan(built, choice, loaded, structure, drawn, screen, record=record)
     if output is not None:
         made.save(output, force=force)
     _show(made, structure, screen)
+    if edit is not None:
+        show_notes(made.notes, screen)
     if output is not None:
         screen.show(escape(f"\nWritten to {output}. Apply it: layerwise compress {model} --plan {output} -o OUT"))
-    screen.show_json({"output": None if output is None else str(output), "plan": made.to_dict()})
+    screen.show_json({"output": None if output is None else str(output), "plan": made.to_dict(), **tried_of(search)})
 
 
 def _show(made: "Plan", structure: "Structure", screen: Screen) -> None:

@@ -1,0 +1,128 @@
+"""How much the loss feels a layer, from gradients: the first-order score of ECoFLaP (Sung et al. 2024, arXiv:2310.02998).
+
+One backward pass a batch. Each layer's gradient is made a number as soon as it is there and freed, so a second copy of the model's
+gradients never exists; activations are kept as in training.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LayerwiseError, ModelError, ScoreError, WalkError
+from ..passes import store_of
+from ..passes.wrapping import cannot_run, set_eval
+from ..structure import Layer, Structure, parameter_of
+from ..tasks.batches import Batches, first_samples
+from ..tasks.losses import Loss, loss_of
+
+Kind = Literal["magnitude", "square", "gradient", "norm"]
+
+_HALF_SCALE = 1024.0
+
+
+def gradient_mass(weight: Tensor, gradient: Tensor, kind: Kind) -> float:
+    """One number from a layer's gradient in one batch, float32 sums of any shape; high = keep.
+
+    magnitude: sum |W| |G| (the paper's first-order score). square: sum W^2 G^2 (diagonal Fisher). gradient: sum |G|. norm: Frobenius.
+    Their means over batches are the official scores, which take the mean of |G| or G^2 first and sum afterwards.
+    """
+    if kind == "norm":
+        return float(gradient.float().norm())
+    size = gradient.float().abs() if kind == "gradient" else (weight.float() * gradient.float()).abs()
+    return float((size.square() if kind == "square" else size).sum())
+
+
+def first_order_gradient(
+    model: nn.Module,
+    data: Batches,
+    structure: Structure,
+    *,
+    kind: Kind = "magnitude",
+    samples: int | None = None,
+    loss: Loss = loss_of,
+) -> dict[str, float]:
+    """Layer name -> `gradient_mass` averaged over batches; high = keep.
+
+    samples: use the first batches that hold so many, None all. Gradients of batch means: compare only scores made with equal batches.
+    The model's own gradients, requires_grad, mode and random state are left as they were.
+    Raises ScoreError naming the layer if a gradient is not finite or cannot be had, WalkError if no batch reaches a block, and what
+    `loss` raises.
+    """
+    if store_of(model) is not None:
+        raise ModelError("a streamed model has no gradients: load it whole, or use a score that needs none.")
+    chosen = first_samples(data, samples)
+    sums = dict.fromkeys((layer.name for layer in structure), 0.0)
+    reached: set[str] = set()
+    # float16 gradients of a mean loss lie near its smallest numbers
+    scale = _HALF_SCALE if any(one.dtype == torch.float16 for one in model.parameters()) else 1.0
+
+    def take(layer: Layer, weight: Tensor) -> None:
+        gradient, weight.grad = weight.grad, None
+        if gradient is not None:
+            mass = gradient_mass(weight.detach(), gradient.float() / scale, kind)
+            if not math.isfinite(mass):
+                raise ScoreError(f'layer "{layer.name}": its gradient is not finite. Use float32 or bfloat16 weights.')
+            sums[layer.name] += mass
+
+    with _gradients_of(model, structure, take, reached):
+        for index, batch in enumerate(chosen):
+            try:
+                value = loss(model, batch)
+                if not bool(value.isfinite()):
+                    raise ScoreError(
+                        f"batch {index}: the loss is {float(value.detach())}. Look for overflow in the model."
+                    )
+                if not value.requires_grad:
+                    raise ScoreError(
+                        f"batch {index}: the loss has no gradient: the model detaches it, or no layer reaches it."
+                    )
+                (value * scale).backward()  # type: ignore[no-untyped-call]
+            except LayerwiseError:
+                raise
+            except Exception as error:  # the model's own code: any class may come out
+                raise cannot_run(error, index, None) from error
+    if missed := [block.name for block in structure.blocks if block.layers and block.name not in reached]:
+        raise WalkError(f'no calibration batch reaches block "{missed[0]}"; exclude its layers or give data that does.')
+    return {name: total / len(chosen) for name, total in sums.items()}
+
+
+@contextmanager
+def _gradients_of(
+    model: nn.Module, structure: Structure, take: Callable[[Layer, Tensor], None], reached: set[str]
+) -> Iterator[None]:
+    """Gradients for these layers alone; `take` is called when one is whole. The model is as it was afterwards.
+
+    reached: gets the names of the blocks that ran. A block may run and yet have no gradient, as LLaVA's last vision block.
+    """
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    undo, handles = set_eval(model), []
+    try:
+        for parameter, *_ in before:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for layer in structure:
+            weight = parameter_of(model, layer)
+            weight.requires_grad_()
+            hooked = weight.register_post_accumulate_grad_hook(partial(take, layer))  # type: ignore[no-untyped-call]
+            handles.append(hooked)
+        for block in structure.blocks:
+            note = partial(_note, reached, block.name)
+            handles.append(model.get_submodule(block.name).register_forward_pre_hook(note))
+        with torch.enable_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, required, gradient in before:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+        undo()
+
+
+def _note(reached: set[str], block: str, *_: object) -> None:
+    reached.add(block)

@@ -1,0 +1,208 @@
+"""Gradients of a loss with respect to the weights of chosen layers; the model is left as it was, to the last bit and flag.
+
+The model runs on stand-ins for its parameters and on copies of its buffers (`torch.func.functional_call`), so that nothing is
+accumulated in `.grad`, no hook on a parameter fires and no running statistic moves. Batch norms normalise by the batch, as they do
+before any training, when their running statistics mean nothing; all else is in evaluation mode, without dropout.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import DataError, ModelError, ScoreError
+from ..structure import Structure, parameter_of
+from ..tasks.batches import Batch
+from ..tasks.losses import Loss, loss_of
+
+
+def gradients(
+    model: nn.Module,
+    data: Sequence[Batch],
+    structure: Structure,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    temperature: float = 1.0,
+    loss: Loss = loss_of,
+) -> dict[str, Tensor]:
+    """Layer name -> gradient of the loss, float32 in the stored shape, summed over the batches; zeros where the loss does not look.
+
+    weights: parameter name -> values to use instead of the model's. temperature: divides the logits before the loss.
+    Raises DataError without batches, ModelError for a model that is not in memory, and what the loss raises; ScoreError naming the layer
+    where a gradient is not finite.
+    """
+    with _Stage(model, data, structure, weights or {}, temperature, loss) as stage:
+        total = stage.zeros()
+        for batch in data:
+            found = torch.autograd.grad(stage.loss(batch), stage.leaves, allow_unused=True)
+            stage.add(total, found)
+    return _finite(total)
+
+
+def hessian_products(
+    model: nn.Module,
+    data: Sequence[Batch],
+    structure: Structure,
+    *,
+    temperature: float = 1.0,
+    loss: Loss = loss_of,
+) -> dict[str, Tensor]:
+    """Layer name -> H g, float32 in the stored shape: g and H are gradient and Hessian of the loss summed over the batches.
+
+    A second backward pass through the first, batch by batch. Errors as in `gradients`, and ScoreError for a model with an operation
+    that cannot be differentiated twice.
+    """
+    g = gradients(model, data, structure, temperature=temperature, loss=loss)
+    # the fused attention kernels have no second derivative
+    with _Stage(model, data, structure, {}, temperature, loss) as stage, sdpa_kernel(SDPBackend.MATH):
+        total, direction = stage.zeros(), list(g.values())
+        for batch in data:
+            try:
+                first = torch.autograd.grad(stage.loss(batch), stage.leaves, allow_unused=True, create_graph=True)
+                pairs = [(d, one) for d, one in zip(direction, first, strict=True) if one is not None]
+                along = sum((d * one.float()).sum() for d, one in pairs)
+                if not isinstance(along, Tensor) or not along.requires_grad:
+                    continue  # a loss that is linear in the weights has no curvature
+                stage.add(total, torch.autograd.grad(along, stage.leaves, allow_unused=True))
+            except RuntimeError as error:
+                if not any(word in str(error) for word in ("derivative", "differentiate", "double backward")):
+                    raise
+                raise ScoreError(
+                    f"{type(model).__name__} has an operation that cannot be differentiated twice: {str(error).splitlines()[0]}"
+                ) from error
+    return _finite(total)
+
+
+def layer_means(scores: Mapping[str, Tensor]) -> dict[str, float]:
+    """Layer name -> mean score of its weights: one number for tables and plans."""
+    return {name: float(score.cpu().mean(dtype=torch.float64)) for name, score in scores.items()}
+
+
+def check_in_memory(model: nn.Module) -> None:
+    """Raise ModelError for a model whose weights are streamed: a gradient needs all of them at once."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError("a gradient needs the whole model in memory: load it without streaming.")
+
+
+@contextmanager
+def left_alone(model: nn.Module, *, by_batch: bool) -> Iterator[None]:
+    """Evaluation mode, but for batch norms if they are to normalise by the batch; afterwards every mode and torch's random state are
+    what they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    state = torch.get_rng_state()
+    try:
+        for module, _ in modes:
+            module.training = by_batch and isinstance(module, _BatchNorm)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        torch.set_rng_state(state)
+
+
+class _Stage:
+    """A model on stand-ins: `leaves` are those of the chosen layers, in their order, and have gradients; nothing else has."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Sequence[Batch],
+        structure: Structure,
+        weights: Mapping[str, Tensor],
+        temperature: float,
+        loss: Loss,
+    ) -> None:
+        if not len(data):
+            raise DataError("a gradient needs batches with what the loss is taken of; there are none.")
+        check_in_memory(model)
+        self.model, self.temperature, self._cooled = model, temperature, temperature == 1
+        self._names = [layer.name for layer in structure]
+        self._tensors = {n: weights.get(n, parameter).detach() for n, parameter in model.named_parameters()}
+        first = {id(parameter): name for name, parameter in model.named_parameters()}  # of the names of a tied tensor
+        self.leaves = [self._tensors[first[id(parameter_of(model, layer))]].requires_grad_() for layer in structure]
+        self._tensors |= {name: buffer.clone() for name, buffer in model.named_buffers()}
+        self._whole = _Loss(model, loss)
+        self._context = left_alone(model, by_batch=True)
+
+    def __enter__(self) -> "_Stage":
+        self._context.__enter__()
+        self._handle = self.model.register_forward_hook(self._cool) if self.temperature != 1 else None
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._context.__exit__(*error)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Of one batch, with its graph. Raises ScoreError if it is not finite, ModelError if it depends on no chosen layer, DataError
+        for a single example where batch norms see one value of each channel."""
+        renamed = {f"model.{name}": tensor for name, tensor in self._tensors.items()}
+        try:
+            with torch.enable_grad():
+                value: Tensor = functional_call(self._whole, renamed, (batch,))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise DataError(
+                "batch norms normalise by the batch here: give batches of more than one example."
+            ) from error
+        if not self._cooled:
+            raise ModelError(
+                f"{type(self.model).__name__} gives no logits that a temperature of {self.temperature:g} could divide. Use 1."
+            )
+        if not torch.isfinite(value):
+            raise ScoreError(
+                f"the loss is {float(value.detach())}. Check the weights and the data for NaN and overflow."
+            )
+        if not value.requires_grad:
+            raise ModelError(
+                f"the loss of {type(self.model).__name__} depends on none of the {len(self.leaves)} layers."
+            )
+        return value
+
+    def zeros(self) -> dict[str, Tensor]:
+        return {
+            name: torch.zeros_like(leaf, dtype=torch.float32, requires_grad=False)
+            for name, leaf in zip(self._names, self.leaves, strict=True)
+        }
+
+    def add(self, total: Mapping[str, Tensor], found: Sequence[Tensor | None]) -> None:
+        for name, one in zip(self._names, found, strict=True):
+            if one is not None:
+                total[name].add_(one.detach())
+
+    def _cool(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        """The output with its logits divided by the temperature; an output that is one tensor is the logits."""
+        if isinstance(output, Tensor):
+            self._cooled = True
+            return output / self.temperature
+        if isinstance(logits := getattr(output, "logits", None), Tensor):
+            self._cooled = True
+            output.logits = logits / self.temperature
+        return output
+
+
+class _Loss(nn.Module):
+    """The loss as a module, so that it can be called on stand-ins."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model, self._loss = model, loss
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self._loss(self.model, batch)
+
+
+def _finite(total: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, gradient in total.items():
+        if not torch.isfinite(gradient.sum()) and not gradient.isfinite().all():
+            raise ScoreError(
+                f'layer "{name}": its gradient is not finite. float32 or bfloat16 overflow less than float16.'
+            )
+    return total

@@ -1,0 +1,105 @@
+"""SynFlow: how much of the flow through a network of absolute weights a weight carries (Tanaka et al. 2020, arXiv:2006.05467).
+
+The flow is the sum of the outputs for an input of ones; no label and no value of the data enters, only its shape. What goes into a
+unit and what comes out is the same flow, so that no layer of a network of ReLUs is emptied before the others. Departures from the
+official code: D1 the running means of batch norms count as zero, not by absolute value, so that all signals stay positive in a trained
+network too. D2 token ids stay as they are: there are no ones to look up.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+from ..errors import DataError, ModelError, ScoreError
+from ..structure import Structure, parameter_of, structure_of
+from ..tasks.batches import Batch, call
+from .gradients import check_in_memory, left_alone
+
+
+def synaptic_flow(weight: Tensor, gradient: Tensor) -> Tensor:
+    """|w * dR/dw|, any shape, in the dtype given; high = keep."""
+    return (weight * gradient).abs()
+
+
+def synflow_scores(
+    model: nn.Module, data: Sequence[Batch], structure: Structure, *, keep: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Layer name -> score of each of its weights, float64 on the CPU in the stored shape, >= 0. One forward and backward pass of
+    one example.
+
+    keep: layer name -> bool in the stored shape, False where a weight is pruned already and carries nothing. In float64, because the
+    flow grows by about the width of every layer without a norm; in float32 where there are fused experts, whose kernels take no
+    more, and on MPS, which has no more. Raises DataError without a batch, ScoreError if it overflows.
+    """
+    if not len(data):
+        raise DataError("synflow needs a batch for the shape of the inputs; there is none.")
+    check_in_memory(model)
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    dtype = _dtype_for(model)
+    tensors = {name: _cast(parameter.detach().abs(), dtype) for name, parameter in model.named_parameters()}
+    leaves = {}
+    for layer in structure:
+        name = first[id(parameter_of(model, layer))]
+        if keep is not None:
+            tensors[name] = tensors[name] * keep[layer.name].to(tensors[name].device)
+        leaves[layer.name] = tensors[name].requires_grad_()
+    tensors |= _positive_buffers(model, dtype)
+    renamed, ones = {f"model.{n}": tensor for n, tensor in tensors.items()}, _of_ones(data[0], dtype)
+    with left_alone(model, by_batch=False), torch.enable_grad():
+        flow = functional_call(_Flow(model), renamed, (ones,))
+        if not flow.requires_grad:
+            raise ModelError(f"the outputs of {type(model).__name__} depend on none of the {len(leaves)} layers.")
+        found = torch.autograd.grad(flow, list(leaves.values()), allow_unused=True)
+    scores = {}
+    for (name, leaf), gradient in zip(leaves.items(), found, strict=True):
+        scores[name] = torch.zeros_like(leaf) if gradient is None else synaptic_flow(leaf.detach(), gradient)
+        if not scores[name].isfinite().all():
+            raise ScoreError(f'layer "{name}": its flow is not finite; the network is too deep without norms for it.')
+    return {name: score.detach().cpu().double() for name, score in scores.items()}
+
+
+class _Flow(nn.Module):
+    """The sum of the logits, or of the first floating output, as a module that can be called on stand-ins."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        output = call(self.model, batch)
+        logits = getattr(output, "logits", None)
+        leaves = [logits] if isinstance(logits, Tensor) else tree_leaves(output)
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                return leaf.sum()
+        raise ModelError(f"{type(self.model).__name__} gives no output that could be summed.")
+
+
+def _of_ones(batch: Batch, dtype: torch.dtype) -> Batch:
+    """Ones for its floating inputs; the first example alone where all inputs have the batch in front, as one axis of one size."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if len({value.shape[:1] for value in inputs.values()}) == 1:
+        inputs = {name: value[:1] for name, value in inputs.items()}
+    return {n: torch.ones_like(v, dtype=dtype) if v.is_floating_point() else v for n, v in inputs.items()}
+
+
+def _positive_buffers(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    buffers = {name: _cast(buffer.clone(), dtype) for name, buffer in model.named_buffers()}
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            name = f"{path}.running_mean" if path else "running_mean"
+            buffers[name] = torch.zeros_like(buffers[name])  # D1
+    return buffers
+
+
+def _dtype_for(model: nn.Module) -> torch.dtype:
+    experts = any(layer.kind == "experts" for layer in structure_of(model, include=["*"]))
+    return torch.float32 if experts or next(model.parameters()).device.type == "mps" else torch.float64
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
