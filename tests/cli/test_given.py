@@ -52,6 +52,7 @@ def test_data_that_nobody_looks_at(planned, capsys, pair):
     ("command", "words"),
     [
         ([*FREE, "--propagate", "dense"], ["--propagate", "magnitude"]),
+        ([*FREE, "--spill", "scratch"], ["--spill", "magnitude"]),
         (["compress", "model", "-o", "out", "--stream", "--remote-code"], ["--remote-code", "--stream"]),
         ("plan model --edit plan.yaml --seed 1".split(), ["--seed", "--edit"]),
         ("plan model --edit plan.yaml --keep *.0.*".split(), ["--keep", "without --rebalance"]),

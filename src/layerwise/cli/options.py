@@ -185,6 +185,15 @@ Work = Annotated[
     Path | None,
     _option(RUN, "FOLDER", "Finished blocks, to go on from after a kill.  [dim]default: OUTPUT.work[/]"),
 ]
+Spill = Annotated[
+    Path | None,
+    _option(
+        RUN,
+        "FOLDER",
+        "Calibration data's activations wait in files there, mapped, not in memory: slower, the same result. On a disk, not in a /tmp"
+        " that is memory.",
+    ),
+]
 RemoteCode = Annotated[bool, _option(RUN, None, "Run the Python code that comes with the model.", "--remote-code")]
 Debug = Annotated[bool, _option(RUN, None, "Show the traceback of an error.", "--debug")]
 

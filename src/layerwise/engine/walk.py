@@ -37,7 +37,8 @@ class Settings:
 
     device: where each block is for its turn; None: where the model is. work: a folder that finished blocks are written to, and from
     which a killed run goes on; a `Work` that is entered already stays the caller's. seed: of solvers that draw. spill: a folder for
-    files in which the calibration batches keep their activations while they wait; None: in memory. The result is the same to the bit.
+    files in which calibration batches keep their activations while they wait (the model must be on the CPU; its blocks may go to a
+    device); None: in memory. The result is the same to the bit.
     """
 
     propagate: Propagate = "compressed"
@@ -178,8 +179,8 @@ def _with_data(
 ) -> Iterator[Event]:
     by_name = {unit.name: unit for unit in units}
     waiting = {unit.name for unit in units if unit.layers}
-    yield PassesWaiting(waiting_of(model, list(by_name), batches, forward))
     with PausedPasses(model, list(by_name), batches, forward) as passes:
+        yield PassesWaiting(waiting_of(passes))
         for index, (name, standing) in enumerate(passes):
             unit = by_name[name]
             waiting.discard(name)

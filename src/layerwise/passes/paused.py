@@ -110,6 +110,8 @@ class PausedPasses(AbstractContextManager["PausedPasses"]):
 
     def __enter__(self) -> "PausedPasses":
         self._restore.append(set_eval(self.model))
+        if self.spill is not None:
+            self.spill.leave([*tensors_of(list(self.batches)), *self.model.buffers()])
         for name in self.order:
             self._restore.append(self._wrap(name, self.model.get_submodule(name)))
         return self
@@ -125,12 +127,8 @@ class PausedPasses(AbstractContextManager["PausedPasses"]):
         self.passes, self._restore, self._by_runner = [], [], {}
 
     def __iter__(self) -> Iterator[tuple[str, list[Pass]]]:
-        for index, batch in enumerate(self.batches):
-            one = Pass(index, batch, greenlet(self._whole), spill=self.spill)
-            self._by_runner[one.runner] = one
-            self.passes.append(one)
-            with torch.no_grad():
-                one.runner.switch(one)
+        for index in range(len(self.passes), len(self.batches)):
+            self._start(index)
         while waiting := [one for one in self.passes if one.block is not None]:
             name = min((one.block for one in waiting if one.block is not None), key=self.order.__getitem__)
             if name in self.done:
@@ -142,6 +140,18 @@ class PausedPasses(AbstractContextManager["PausedPasses"]):
             yield name, standing
             if stuck := [one.index for one in standing if one.block == name]:
                 raise WalkError(f'passes {stuck[:3]} were left waiting at "{name}"')
+
+    def first(self) -> Pass:
+        """The pass of the first batch, in front of its first block: what the others will look like, before they are made."""
+        return self.passes[0] if self.passes else self._start(0)
+
+    def _start(self, index: int) -> Pass:
+        one = Pass(index, self.batches[index], greenlet(self._whole), spill=self.spill)
+        self._by_runner[one.runner] = one
+        self.passes.append(one)
+        with torch.no_grad():
+            one.runner.switch(one)
+        return one
 
     def _whole(self, one: Pass) -> None:
         try:

@@ -1,32 +1,34 @@
-"""What paused passes hold in memory while they wait, known before they are made."""
+"""What paused passes take up while they wait, known as soon as the first of them stands at its first block."""
 
 import os
-from collections.abc import Sequence
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from ..tasks.batches import Batch, call
-from .paused import Forward, PausedPasses, tensors_of
+from ..errors import ConfigError
+from ..tasks.batches import Batch
+from .paused import PausedPasses, tensors_of
 
 _MEMORY, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """An estimate for all passes together, good to a third or so.
+    """An estimate for all passes of this process together. It is of the blocks that the first batch meets first: a second stack of wider
+    or longer inputs (the text behind an image) takes more.
 
-    bytes: inputs of a block for all batches, its outputs beside them, and the first block's inputs, which many models keep to the end.
-    longest: tokens of the longest sample; None where batches have no token ids. device: where they wait ("cpu", "cuda:0").
-    available: bytes that are free there; None where the system does not say.
+    bytes: the block's inputs for all batches, its outputs beside them, and the first block's inputs, which many models hold on to.
+    longest: tokens of the longest sample; None where batches have no token ids. place: where they wait, "cpu", "cuda:0" or the spill
+    folder (then files is true). available: bytes that are free there; None where the system does not say.
     """
 
     bytes: int
     longest: int | None
-    device: str
+    place: str
     available: int | None
+    files: bool = False
 
     @property
     def fits(self) -> bool:
@@ -34,21 +36,26 @@ class Waiting:
         return self.available is None or self.bytes <= self.available
 
 
-def waiting_of(model: nn.Module, blocks: Sequence[str], batches: Sequence[Batch], forward: Forward = call) -> Waiting:
-    """The estimate, from one pass that is taken to its first block and abandoned there. Errors as of `PausedPasses`."""
-    held, device = 0, torch.device("cpu")
-    with PausedPasses(model, blocks, batches[:1], forward) as passes:
-        for _, standing in passes:
-            tensors = tensors_of(standing[0].arguments)
-            storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
-            state = next((one for one in tensors if one.is_floating_point()), None)
-            held = sum(storages.values()) + (0 if state is None else 2 * state.nbytes)
-            device = tensors[0].device if tensors else device
-            break
-    sizes = [next(iter(batch.values())).numel() for batch in batches]
+def waiting_of(passes: PausedPasses) -> Waiting:
+    """The estimate, before all batches but the first have started. Raises ConfigError where passes should wait in files and do not."""
+    first, batches = passes.first(), passes.batches
+    tensors = tensors_of(first.arguments)
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+    state = next((one.nbytes for one in tensors if one.is_floating_point()), 0)
+    held = sum(storages.values()) + 2 * state  # of every input once: the first block's, and this one's; the output
+    sizes = [_entries(batch) for batch in batches]
+    total = round(held * sum(sizes) / sizes[0])
     words = [batch["input_ids"].shape[-1] for batch in batches if "input_ids" in batch]
-    total = round(held * sum(sizes) / sizes[0]) if sizes and sizes[0] else 0
-    return Waiting(total, max(words, default=None), str(device), available_memory(device))
+    device = tensors[0].device if tensors else torch.device("cpu")
+    if passes.spill is None:
+        return Waiting(total, max(words, default=None), str(device), available_memory(device))
+    if device.type != "cpu":
+        raise ConfigError(
+            f"spill: activations wait on {device}, where the model is, and only those in host memory can go to files. Keep the"
+            " model on the CPU and name the device for its blocks: Settings(device=...)."
+        )
+    folder = passes.spill.folder.parent
+    return Waiting(total, max(words, default=None), str(folder), shutil.disk_usage(folder).free, files=True)
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -57,6 +64,11 @@ def available_memory(device: torch.device) -> int | None:
         return int(torch.cuda.mem_get_info(device)[0])
     found = [size for size in (_of_machine(), _of_container()) if size is not None]
     return min(found, default=None)
+
+
+def _entries(batch: Batch) -> int:
+    """How large a batch is beside others of its kind: token ids, pixels; the activations grow with them."""
+    return max(next(iter(batch.values())).numel(), 1)
 
 
 def _of_machine() -> int | None:
