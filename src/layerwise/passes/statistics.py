@@ -18,11 +18,13 @@ class InputStatistics:
     tokens: how many rows were seen; 0 for an expert that no token was routed to.
     squares: (columns,) sum of x_j^2 over tokens: column sums of squares, not divided by anything.
     gram: (columns, columns) X^T X summed over tokens, or None when only squares were asked for.
+    called: False where the matrix's module never ran, so that its inputs, if it has any, could not be seen.
     """
 
     tokens: int
     squares: Tensor
     gram: Tensor | None = None
+    called: bool = True
 
     def check(self, layer: str) -> None:
         """Raise StatisticsError naming the layer if any sum is not finite."""

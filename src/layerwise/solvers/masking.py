@@ -41,6 +41,9 @@ def check_weights(weights: Sequence[Tensor], inputs: InputStatistics | None) -> 
 
 def why_blind(inputs: InputStatistics) -> str | None:
     """The note for inputs that say nothing about the weights, which are then pruned by magnitude; None for useful inputs."""
+    if not inputs.called:
+        why = "the model uses its weight directly, or sent no token there"
+        return f"its module was never called on calibration data ({why}): pruned by magnitude"
     if inputs.tokens == 0:
         return "no calibration token reached it: pruned by magnitude"
     if not inputs.squares.any():
