@@ -173,7 +173,7 @@ Device = Annotated[
     _option(
         RUN,
         "DEVICE",
-        "cpu, cuda, cuda:1, mps, or auto: cuda where there is one. The whole model goes there if it fits, else block by block.",
+        "cpu, cuda, cuda:1, mps, or auto: the first there is of cuda, mps, cpu. On cuda the whole model if it fits, else block by block.",
         show_default=True,
     ),
 ]

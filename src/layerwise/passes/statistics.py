@@ -42,6 +42,11 @@ _STRIPS = 4  # X^T X is symmetric: in 4 strips, each from the diagonal on, it ta
 _WORTH_STRIPS = 512  # columns; narrower matrices lose more in small products than they gain
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """What long sums are carried in: float64, which MPS does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class Accumulator:
     """Adds up the statistics of one matrix, batch by batch, in float32 on the device where the rows are.
 
@@ -51,9 +56,7 @@ class Accumulator:
 
     def __init__(self, columns: int, need: Need, device: torch.device) -> None:
         self.tokens = 0
-        # MPS has no float64
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        self.squares = torch.zeros(columns, dtype=wide, device=device)
+        self.squares = torch.zeros(columns, dtype=widest(device), device=device)
         self._gram = torch.zeros(columns, columns, device=device) if need == "gram" else None
         self._half = False  # what lies below the diagonal is out of date
         self._waiting: list[Tensor] = []

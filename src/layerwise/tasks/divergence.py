@@ -81,7 +81,7 @@ class Yardstick:
         for batch, dense in zip(self.batches, self._kept, strict=True):
             said = predictions(model, batch)[0][:: self.every].float().to(dense.device)
             if self.logits:
-                value = float(kl_rows(dense, log_softmax(said, dim=-1)).double().mean())
+                value = float(kl_rows(dense, log_softmax(said, dim=-1)).cpu().double().mean())
             else:
                 value = float((said - dense).square().sum() / dense.square().sum().clamp_min(1e-30))
             found.append(max(value, 0.0) if value == value else float("inf"))
