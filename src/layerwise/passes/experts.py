@@ -57,8 +57,8 @@ class ExpertsWatch(TorchFunctionMode):
                     if self.real is not None and len(self.real) == len(routed):
                         routed &= self.real.to(routed.device)
                     self._report(self.whole[id(weight)], expert, of_expert[routed])
-        elif self.real is not None and (func is Tensor.__getitem__ or func in _PICKS):
-            self._pick(self.real, args[0], args[-1] if len(args) > 1 else kwargs.get("index"))
+        elif self.real is not None and args and (func is Tensor.__getitem__ or func in _PICKS):
+            self._pick(self.real, args[0], kwargs.get("index", args[-1]))
         return func(*args, **kwargs)
 
     def _report(self, name: str, expert: int, rows: Tensor) -> None:

@@ -68,9 +68,8 @@ class Spill:
 def _trim() -> None:
     """Have the allocator give freed memory back. glibc keeps holes of up to 32 MB for itself, and small objects that land in their rims
     keep it from using them again: without this the memory of tensors that went to files stays with the process."""
-    with suppress(
-        OSError, AttributeError, TypeError
-    ):  # other systems have no such call, and give large pieces back by themselves
+    # other systems have no such call, and give large pieces back by themselves
+    with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -111,9 +111,8 @@ def compress(
             else:
                 record = output.with_name(f"{output.name}.search.json") if ranks.rank == 0 else None
                 final, search = make_plan(built, choice, loaded, structure, drawn, screen, chosen, record)
-                final = Plan.model_validate(
-                    ranks.share_object(final.to_dict(), 0)
-                )  # the last bit of a score may differ
+                # rank 0's: the last bit of a score may differ
+                final = Plan.model_validate(ranks.share_object(final.to_dict(), 0))
             job = _Job(choice, loaded, final, chosen, drawn, settings, held, stream)
             result = job.run(screen)
         saved = job.save(output, force, result, screen) if ranks.rank == 0 else None
