@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from layerwise.cli import main
 from layerwise.engine import work as engine_work
+from layerwise.passes import spill, waiting
 from layerwise.plan import Plan
 from tiny import tiny_llama, tiny_text
 
@@ -33,7 +35,8 @@ LAYERS = 3 * (32 * 32 * 2 + 16 * 32 * 2 + 3 * 48 * 32)  # weights of q, o, k, v,
 def test_the_result_is_whole_and_says_what_it_is(here, same_process, capsys):
     assert main([*COMPRESS, "-o", "out", "--method", "owl"]) == 0
     out, err = capsys.readouterr()
-    assert err == ""  # nothing took two seconds
+    assert len(err.splitlines()) == 1  # nothing took two seconds
+    assert re.fullmatch(r"Waiting activations: about 66\.6 kB in memory \(longest sample 32 tokens\), .* free\.\n", err)
     assert f"{LAYERS // 2:,} of {LAYERS:,}" in out
     assert "Zeros do not shrink this format" in out
     assert zeros(here / "out") == LAYERS // 2
@@ -107,6 +110,27 @@ def test_streamed_is_the_same_as_whole(here, same_process, capsys):
     assert not (here / "streamed.work").exists()
 
 
+def test_in_files_it_is_the_same_and_the_files_are_gone(here, same_process, capsys, monkeypatch):
+    assert main([*COMPRESS, "-o", "plain", "--method", "owl"]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(spill, "LEAST", 1)
+    assert main([*COMPRESS, "-o", "out", "--method", "owl", "--spill", "scratch/a"]) == 0
+    assert re.search(r"^Waiting activations: about 66\.6 kB in scratch/a \(", capsys.readouterr().err, re.M)
+    plain = weights(here / "plain")
+    assert all(tensor.equal(plain[name]) for name, tensor in weights(here / "out").items())
+    assert not (here / "scratch").exists()
+
+
+def test_what_may_not_fit_says_what_to_do(here, same_process, capsys, monkeypatch):
+    monkeypatch.setattr(waiting, "available_memory", lambda device: 1000)
+    assert main([*COMPRESS, "-o", "out"]) == 0
+    err = capsys.readouterr().err
+    assert (
+        "1.0 kB free: it may not fit. Give smaller --samples or --length, or let them wait in files (--spill FOLDER)."
+        in err
+    )
+
+
 @pytest.mark.parametrize("stream", [[], ["--stream"]])
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
 def test_stopped_in_the_middle_it_goes_on_to_the_same_bits(here, same_process, capsys, monkeypatch, stop, stream):
@@ -124,7 +148,7 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_bits(here, same_process, c
         assert main([*COMPRESS, "-o", "out", *stream]) == (130 if stop is KeyboardInterrupt else 1)
     out, err = capsys.readouterr()
     assert out == ""
-    assert len(err.splitlines()) == 1
+    assert [line.partition(":")[0] for line in err.splitlines()] == ["Waiting activations", "layerwise"]
     if stop is KeyboardInterrupt:
         assert "Blocks finished in out.work: 1. Run the same command again" in err
     assert not (here / "out").exists()

@@ -1,11 +1,13 @@
-"""No option is ignored in silence: where nothing would read it, it is refused in one line, before any work."""
+"""No option is ignored in silence: where nothing would read it, it is refused in one line, before any work. What `auto` means."""
 
 import re
 
 import pytest
+import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from layerwise.cli import main
+from layerwise.cli.settings import device_of
 from layerwise.plan import Plan, Prune
 
 DATA = "--data text.txt --samples 4 --length 32 --batch 2".split()
@@ -52,6 +54,7 @@ def test_data_that_nobody_looks_at(planned, capsys, pair):
     ("command", "words"),
     [
         ([*FREE, "--propagate", "dense"], ["--propagate", "magnitude"]),
+        ([*FREE, "--spill", "scratch"], ["--spill", "magnitude"]),
         (["compress", "model", "-o", "out", "--stream", "--remote-code"], ["--remote-code", "--stream"]),
         ("plan model --edit plan.yaml --seed 1".split(), ["--seed", "--edit"]),
         ("plan model --edit plan.yaml --keep *.0.*".split(), ["--keep", "without --rebalance"]),
@@ -126,3 +129,13 @@ def test_the_names_of_options_are_those_of_the_help(capsys):
     shown = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     for name in (*given.SHARING, *given.CALIBRATION):
         assert f"--{name.strip('_').replace('_', '-')}" in shown
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "chosen"),
+    [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu"), (True, False, "cuda")],
+)
+def test_auto_is_the_first_device_there_is(monkeypatch, cuda, mps, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert device_of("auto") == torch.device(chosen)

@@ -3,11 +3,13 @@
 import copy
 import dataclasses
 import json
+import re
 from typing import ClassVar
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import MambaConfig, MambaForCausalLM
 
 from layerwise.engine import BlockFinished, BlockStarted, LayerSolved, Settings, Work, compress, walk
 from layerwise.engine.walk import run_key
@@ -305,7 +307,27 @@ def test_what_every_group_of_a_convolution_says_is_said_once():
     model.forward = lambda x: model[0][1](model[0][0](x))
     plan = Plan(layers={f"0.{i}.conv": Prune(sparsity=0.5) for i in range(2)})
     result = compress(model, plan, solver=Wanda(), data=Batches(({"x": torch.ones(2, 4, 5)},), {}))
-    assert result.notes == tuple(f"0.{i}.conv: no calibration token reached it: pruned by magnitude" for i in range(2))
+    why = "its module was never called on calibration data (the model uses its weight directly, or sent no token there)"
+    assert result.notes == tuple(f"0.{i}.conv: {why}: pruned by magnitude" for i in range(2))
+
+
+def test_an_expert_without_tokens_is_not_one_that_was_never_called():
+    model, _, plan, _ = setup("mixtral")
+    data = Batches(({"input_ids": torch.tensor([[5]])},), {})  # one token goes to 2 of 4 experts
+    notes = compress(model, plan, solver=Wanda(), data=data).notes
+    assert len(notes) == 2 * 2 * 2  # two blocks, two weights of experts, two experts each
+    assert all(re.search(r"expert \d: no calibration token reached it: pruned by magnitude$", note) for note in notes)
+
+
+def test_weights_of_mamba_that_nobody_calls_say_so():
+    config = MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=2, use_mambapy=False)
+    with torch.random.fork_rng(devices=[]):
+        model = MambaForCausalLM(config).eval()
+    plan = Plan(layers={layer.name: Prune(sparsity=0.5) for layer in structure_of(model).layers})
+    data = Batches(({"input_ids": torch.arange(8)[None]},), {})
+    notes = compress(model, plan, solver=Wanda(), data=data).notes
+    unseen = {note.partition(": its module was never called")[0].rpartition(".")[2] for note in notes}
+    assert unseen == {"conv1d", "dt_proj"}
 
 
 def test_data_that_is_no_batches_is_refused_before_any_work():

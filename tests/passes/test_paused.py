@@ -151,6 +151,34 @@ def test_padding_is_not_counted():
     assert {one[0].tokens for one in statistics.values()} == {13}
 
 
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "llama4"])
+def test_padding_that_is_routed_to_experts_is_not_counted(name, left):
+    model = MODELS[name]().eval()
+    structure = structure_of(model)
+    rows = [torch.randint(4, 90, (1, size), generator=torch.Generator().manual_seed(size)) for size in (8, 5)]
+    padded = torch.zeros(2, 8, dtype=torch.int64)
+    mask = torch.zeros_like(padded)
+    for index, row in enumerate(rows):
+        place = slice(8 - row.shape[1], None) if left else slice(row.shape[1])
+        padded[index, place], mask[index, place] = row, 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    together = Batches(({"input_ids": padded, "attention_mask": mask, "position_ids": positions},), {})
+    apart = Batches(tuple({"input_ids": row} for row in rows), {})
+    experts = 0
+    for (block, a), (_, b) in zip(
+        collect_dense(model, structure, together, "gram"), collect_dense(model, structure, apart, "gram"), strict=True
+    ):
+        for layer in block.layers:
+            for found, wanted in zip(a[layer.name], b[layer.name], strict=True):
+                assert (found is None) == (wanted is None), layer.name
+                if found is not None:
+                    assert found.tokens == wanted.tokens, layer.name
+                    assert torch.allclose(found.gram, wanted.gram, rtol=1e-3, atol=1e-5), layer.name
+                    experts += layer.kind == "experts"
+    assert experts > 0
+
+
 class TwiceModel(nn.Module):
     def __init__(self):
         super().__init__()

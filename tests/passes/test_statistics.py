@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from layerwise.passes import Accumulator
+from layerwise.passes.statistics import widest
 
 
 @pytest.mark.parametrize("columns", [7, 512, 515])  # below, at and off the width from which strips are used
@@ -28,3 +29,12 @@ def test_rows_that_wait_are_copies():
     one.add(rows)
     rows.zero_()  # a model may write into its own activations
     assert float(one.gram.sum()) == 2 * 16
+
+
+def test_long_sums_are_carried_in_float64_where_there_is_one():
+    assert [widest(torch.device(name)) for name in ("cpu", "cuda", "mps")] == [
+        torch.float64,
+        torch.float64,
+        torch.float32,
+    ]
+    assert Accumulator(2, "squares", torch.device("cpu")).squares.dtype == torch.float64

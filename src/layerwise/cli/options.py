@@ -173,7 +173,7 @@ Device = Annotated[
     _option(
         RUN,
         "DEVICE",
-        "cpu, cuda, cuda:1, mps, or auto: cuda where there is one. The whole model goes there if it fits, else block by block.",
+        "cpu, cuda, cuda:1, mps, or auto: the first there is of cuda, mps, cpu. On cuda the whole model if it fits, else block by block.",
         show_default=True,
     ),
 ]
@@ -184,6 +184,15 @@ Stream = Annotated[
 Work = Annotated[
     Path | None,
     _option(RUN, "FOLDER", "Finished blocks, to go on from after a kill.  [dim]default: OUTPUT.work[/]"),
+]
+Spill = Annotated[
+    Path | None,
+    _option(
+        RUN,
+        "FOLDER",
+        "Calibration data's activations wait in files there, mapped, not in memory: slower, the same result. On a disk, not in a /tmp"
+        " that is memory.",
+    ),
 ]
 RemoteCode = Annotated[bool, _option(RUN, None, "Run the Python code that comes with the model.", "--remote-code")]
 Debug = Annotated[bool, _option(RUN, None, "Show the traceback of an error.", "--debug")]

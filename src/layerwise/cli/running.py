@@ -10,6 +10,7 @@ from .screen import Screen, Step
 
 if TYPE_CHECKING:
     from ..engine import Event, Work
+    from ..passes import Waiting
 
 MOST_NOTES = 8  # of one kind; --json has all
 
@@ -21,8 +22,9 @@ class Stopped(LayerwiseError):
 
 
 def bar_of(step: Step, screen: Screen, work: "Work") -> Callable[["Event"], None]:
-    """What turns the walk's events into a bar: blocks done, and the block at work. Says when an earlier run is gone on with."""
-    from ..engine import BlockFinished, BlockStarted
+    """What turns the walk's events into a bar: blocks done, and the block at work. Says what memory calibration will take, and when an
+    earlier run is gone on with."""
+    from ..engine import BlockFinished, BlockStarted, PassesWaiting
 
     before = work.count
     said = False
@@ -31,6 +33,8 @@ def bar_of(step: Step, screen: Screen, work: "Work") -> Callable[["Event"], None
         nonlocal said
         if isinstance(event, BlockStarted):
             step(event.index, event.total, event.block)
+        elif isinstance(event, PassesWaiting):
+            screen.say(waiting_line(event.waiting), style="dim" if event.waiting.fits else "yellow")
         elif isinstance(event, BlockFinished):
             step(event.index + 1, event.total, event.block)
             if event.resumed and not said:
@@ -38,6 +42,23 @@ def bar_of(step: Step, screen: Screen, work: "Work") -> Callable[["Event"], None
                 screen.say(f"Going on from {work.folder}: {before} of {event.total} blocks finished before.")
 
     return show
+
+
+def waiting_line(waiting: "Waiting") -> str:
+    """What waiting activations will take and what there is, in one line; where it is too much, what to do."""
+    from ..io.whole import readable_size
+
+    longest = "" if waiting.longest is None else f" (longest sample {waiting.longest} tokens)"
+    where = f"in {waiting.place}" if waiting.files or waiting.place != "cpu" else "in memory"
+    line = f"Waiting activations: about {readable_size(waiting.bytes)} {where}{longest}"
+    if waiting.available is None:
+        return f"{line}."
+    line += f", {readable_size(waiting.available)} free"
+    if waiting.fits:
+        return f"{line}."
+    shorter = "--samples" if waiting.longest is None else "--samples or --length"
+    elsewhere = "another folder for --spill" if waiting.files else "let them wait in files (--spill FOLDER)"
+    return f"{line}: it may not fit. Give smaller {shorter}, or {elsewhere}."
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The one walk over a model: statistics, solvers, the compressed block's output, checkpoints, several processes."""
 
 from .compress import Result, compress
-from .events import BlockFinished, BlockStarted, Event, LayerSolved
+from .events import BlockFinished, BlockStarted, Event, LayerSolved, PassesWaiting
 from .ranks import Ranks
 from .trial import Trials
 from .walk import Settings, walk, weights_key
@@ -12,6 +12,7 @@ __all__ = [
     "BlockStarted",
     "Event",
     "LayerSolved",
+    "PassesWaiting",
     "Ranks",
     "Result",
     "Settings",

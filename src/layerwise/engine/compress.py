@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 
 from ..errors import DataError
-from ..passes import Forward
+from ..passes import Forward, Waiting
 from ..plan import Plan
 from ..solvers.base import Solver
 from ..structure import Structure, structure_of
 from ..tasks.batches import Batches, call
-from .events import BlockFinished, Event, LayerSolved
+from .events import BlockFinished, Event, LayerSolved, PassesWaiting
 from .walk import Settings, walk
 
 
@@ -27,6 +27,7 @@ class Result:
     solver: dict[str, Any]
     data: dict[str, Any]
     kept: int = 0
+    waiting: Waiting | None = None  # the estimate of what calibration held in memory; None without calibration
 
     @property
     def zeros(self) -> int:
@@ -80,12 +81,15 @@ def compress(
     started = time.perf_counter()
     structure = structure or structure_of(model, include=["*"])
     layers: list[LayerSolved] = []
+    waiting: Waiting | None = None
     seconds = {"collect": 0.0, "solve": 0.0, "propagate": 0.0}
     for event in walk(model, plan, solver, data, settings=settings, structure=structure, forward=forward):
         if progress is not None:
             progress(event)
         if isinstance(event, LayerSolved):
             layers.append(event)
+        elif isinstance(event, PassesWaiting):
+            waiting = event.waiting
         elif isinstance(event, BlockFinished):
             for part, spent in event.seconds.items():
                 seconds[part] += spent
@@ -94,4 +98,4 @@ def compress(
     solved = {layer.layer for layer in layers}
     whole = plan.zeros(structure.layers).keys() - solved
     kept = sum(layer.size for layer in structure.layers if layer.name in whole)
-    return Result(tuple(layers), seconds, {"name": solver.name, **asdict(solver)}, facts, kept)  # type: ignore[call-overload]
+    return Result(tuple(layers), seconds, {"name": solver.name, **asdict(solver)}, facts, kept, waiting)  # type: ignore[call-overload]

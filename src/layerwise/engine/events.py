@@ -2,6 +2,15 @@
 
 from dataclasses import dataclass, field
 
+from ..passes import Waiting
+
+
+@dataclass(frozen=True)
+class PassesWaiting:
+    """Before the first block: what the calibration batches of this process will hold in memory while they wait."""
+
+    waiting: Waiting
+
 
 @dataclass(frozen=True)
 class BlockStarted:
@@ -35,4 +44,4 @@ class BlockFinished:
     resumed: bool = False  # taken from the work folder, not solved again
 
 
-Event = BlockStarted | LayerSolved | BlockFinished
+Event = PassesWaiting | BlockStarted | LayerSolved | BlockFinished

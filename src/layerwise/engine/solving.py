@@ -104,9 +104,10 @@ def _store(parameter: Tensor, new: Tensor, layer: Layer) -> None:
 def _or_none_seen(
     inputs: InputStatistics | None, layer: Layer, solver: Solver, device: torch.device
 ) -> InputStatistics | None:
-    """No statistics where some were needed means that no calibration token came; the solver says what it does then."""
+    """No statistics where some were needed: no calibration token came to the expert, or nobody called the module (Mamba's convolution
+    and `dt_proj` are weights that others use). The solver says what it does then."""
     if inputs is None and solver.needs != "none":
-        return InputStatistics(0, torch.zeros(layer.columns, device=device))
+        return InputStatistics(0, torch.zeros(layer.columns, device=device), called=layer.kind == "experts")
     return inputs
 
 

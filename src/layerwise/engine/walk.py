@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, DataError, PlanError, WalkError
-from ..passes import Collector, Forward, Pass, PausedPasses, SharedInput, at_hand, store_of
+from ..passes import Collector, Forward, Pass, PausedPasses, SharedInput, at_hand, spilling, store_of, waiting_of
 from ..plan import Plan, Prune
 from ..solvers.base import Solver
 from ..structure import Layer, Structure, structure_of
 from ..tasks.batches import Batch, Batches, call
 from ..version import __version__
-from .events import BlockFinished, BlockStarted, Event, LayerSolved
+from .events import BlockFinished, BlockStarted, Event, LayerSolved, PassesWaiting
 from .ranks import Ranks
 from .solving import solve_groups
 from .work import Work
@@ -36,8 +36,9 @@ class Settings:
     """How the walk is done; what is done is in the plan and the solver.
 
     device: where each block is for its turn; None: where the model is. work: a folder that finished blocks are written to, and from
-    which a killed run goes on; a `Work` that is entered already stays the caller's. seed: of solvers that draw.
-    alone: do all of it in this process, also under torchrun.
+    which a killed run goes on; a `Work` that is entered already stays the caller's. seed: of solvers that draw. alone: do all of it in
+    this process, also under torchrun. spill: a folder for files in which calibration batches keep their activations while they wait
+    (the model must be on the CPU; its blocks may go to a device); None: in memory. The result is the same to the bit.
     """
 
     propagate: Propagate = "compressed"
@@ -45,6 +46,7 @@ class Settings:
     work: str | Work | None = None
     seed: int = 0
     alone: bool = False
+    spill: str | None = None
 
     def __post_init__(self) -> None:
         if self.propagate not in ("compressed", "dense"):
@@ -94,7 +96,8 @@ def walk(
             for index, unit in enumerate(units):
                 yield from steps.without_data(unit, index)
             return
-        yield from _with_data(model, units, ranks.share_of(data), steps, forward)
+        with spilling(model, settings.spill):
+            yield from _with_data(model, units, ranks.share_of(data), steps, forward)
 
 
 def check(plan: Plan, structure: Structure) -> dict[str, Prune]:
@@ -178,6 +181,7 @@ def _with_data(
     by_name = {unit.name: unit for unit in units}
     waiting = {unit.name for unit in units if unit.layers}
     with PausedPasses(model, list(by_name), batches, forward) as passes:
+        yield PassesWaiting(waiting_of(passes))
         for index, (name, standing) in enumerate(passes):
             unit = by_name[name]
             waiting.discard(name)

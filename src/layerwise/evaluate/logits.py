@@ -118,7 +118,7 @@ def _add(sums: Sums, logits: Tensor, dense: Tensor | None, ids: Tensor) -> None:
             rows = slice(start, min(start + step, length - 1))
             log_q = F.log_softmax(logits[window, rows].float(), dim=-1)
             wanted = targets[window, rows, None]
-            sums.nll -= log_q.gather(-1, wanted).double().sum().item()
+            sums.nll -= log_q.gather(-1, wanted).cpu().double().sum().item()
             if dense is not None:
                 _compare(sums, log_q, dense[window, rows].to(log_q.device).float(), wanted)
     sums.windows += windows
@@ -126,8 +126,11 @@ def _add(sums: Sums, logits: Tensor, dense: Tensor | None, ids: Tensor) -> None:
 
 
 def _compare(sums: Sums, log_q: Tensor, dense: Tensor, wanted: Tensor) -> None:
-    """log_q, dense: (rows, vocabulary) log-probabilities of the compressed model, logits of the dense one."""
+    """log_q, dense: (rows, vocabulary) log-probabilities of the compressed model, logits of the dense one.
+
+    The numbers of the rows are summed on the CPU, in float64, which MPS does not have.
+    """
     log_p = F.log_softmax(dense, dim=-1)
-    sums.dense_nll -= log_p.gather(-1, wanted).double().sum().item()
-    sums.kl += kl_rows(log_p, log_q).double().sum().item()
+    sums.dense_nll -= log_p.gather(-1, wanted).cpu().double().sum().item()
+    sums.kl += kl_rows(log_p, log_q).cpu().double().sum().item()
     sums.agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())

@@ -38,8 +38,8 @@ def check_output(folder: str | Path, *, force: bool = False, needed: int = 0) ->
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise OutputError(
-            f'output "{folder}" needs about {_size(needed)}, {parent} has {_size(free)} free. Free {_size(needed - free)}'
-            " or give a folder on another disk."
+            f'output "{folder}" needs about {readable_size(needed)}, {parent} has {readable_size(free)} free.'
+            f" Free {readable_size(needed - free)} or give a folder on another disk."
         )
     return target
 
@@ -68,7 +68,7 @@ def whole_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
         if is_disk_full(error):
             free = shutil.disk_usage(target.parent).free
             raise SaveError(
-                f'output "{target}": the disk filled up while writing ({_size(free)} free now that the part was removed).'
+                f'output "{target}": the disk filled up while writing ({readable_size(free)} free now that the part was removed).'
                 " Free some room or give a folder on another disk."
             ) from error
         raise
@@ -127,7 +127,7 @@ def _replace(partial: Path, target: Path, force: bool) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _size(count: int) -> str:
+def readable_size(count: int) -> str:
     """1234567 -> "1.2 MB" (powers of ten, as disks are sold)."""
     value = float(count)
     for unit in ("bytes", "kB", "MB", "GB"):

@@ -5,7 +5,9 @@ from .dense import collect_dense
 from .paused import Enough, Forward, Pass, PausedPasses
 from .replay import Recording, Replays, Tail
 from .residency import Store, at_hand, store_of, weight_at_hand
+from .spill import spilling
 from .statistics import Accumulator, InputStatistics, Need
+from .waiting import Waiting, waiting_of
 
 __all__ = [
     "Accumulator",
@@ -21,8 +23,11 @@ __all__ = [
     "SharedInput",
     "Store",
     "Tail",
+    "Waiting",
     "at_hand",
     "collect_dense",
+    "spilling",
     "store_of",
+    "waiting_of",
     "weight_at_hand",
 ]

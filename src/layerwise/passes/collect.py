@@ -16,7 +16,7 @@ from ..errors import WalkError
 from ..structure import Layer, module_of, parameter_of
 from .experts import ExpertsWatch, PlainExperts
 from .paused import Enough, Pass
-from .rows import geometry_of, input_rows, real_tokens
+from .rows import geometry_of, input_rows, real_of, real_tokens
 from .statistics import Accumulator, InputStatistics, Need
 
 
@@ -54,6 +54,7 @@ class Collector:
         self._seen: dict[tuple[int, Any], tuple[list[SharedInput], Tensor]] = {}
         self._handles: list[RemovableHandle] = []
         self._contexts: list[Any] = []
+        self._watch: ExpertsWatch | None = None
         self._mask: Tensor | None = None
 
     def __enter__(self) -> "Collector":
@@ -69,6 +70,7 @@ class Collector:
                 {layer.name: parameter_of(self.model, layer) for layer in fused},
                 lambda name, expert, rows: self._add(self.shared[name], expert, rows),
             )
+            self._watch = watch
             self._contexts = [PlainExperts([module_of(self.model, layer) for layer in fused]), watch]
         self.stop_early = self.stop_early and not fused
         for context in self._contexts:
@@ -95,6 +97,9 @@ class Collector:
         # of an encoder-decoder model the decoder's tokens have a mask of their own; OPT too calls its only stack a decoder
         decoder = "decoder_input_ids" in one.batch and ".decoder." in f".{one.block}."
         self._mask = one.batch.get("decoder_attention_mask" if decoder else "attention_mask")
+        if self._watch is not None:
+            self._watch.real = real_of(self._mask)
+            self._watch.picked = None
 
     def groups(self) -> list[SharedInput]:
         """The distinct inputs with their layers, in the order of the layers; a layer never called has no statistics."""

@@ -2,7 +2,8 @@
 
 There is no submodule to hook, so the products themselves are watched: while the watch is on, every product whose right-hand side is
 one of the watched parameters, or one expert cut out of it, reports its rows. The module's plain implementation is used meanwhile,
-since transformers' fused kernels (`grouped_mm`) hide which rows meet which expert.
+since transformers' fused kernels (`grouped_mm`) hide which rows meet which expert. Which of these rows are padding is known from the
+tokens that were picked for the expert.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,16 +17,22 @@ from torch.overrides import TorchFunctionMode
 Report = Callable[[str, int, Tensor], None]  # (layer name, expert, rows (tokens, columns))
 _LINEAR = functional.linear
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
+_PICKS = {torch.index_select, Tensor.index_select}
 _BATCHED = {torch.bmm, Tensor.bmm} | _PRODUCTS
 
 
 class ExpertsWatch(TorchFunctionMode):
-    """Calls `report` for each product with a watched weight. `weights`: layer name -> its 3-D parameter."""
+    """Calls `report` for each product with a watched weight. `weights`: layer name -> its 3-D parameter.
+
+    real: (tokens of the batch,) bool, False where padding is; None: there is none. Set before each batch.
+    """
 
     def __init__(self, weights: Mapping[str, Tensor], report: Report) -> None:
         super().__init__()
         self.report = report
         self.whole = {id(weight): name for name, weight in weights.items()}
+        self.real: Tensor | None = None
+        self.picked: Tensor | None = None  # `real` of the tokens that were last picked, for the products of one expert
         self.cut: dict[int, tuple[Tensor, str, int]] = {}  # id -> (kept alive so that ids stay unique, layer, expert)
 
     def __torch_function__(
@@ -42,12 +49,36 @@ class ExpertsWatch(TorchFunctionMode):
             rows, weight = args[0], args[1]
             if id(weight) in self.cut:
                 _, name, expert = self.cut[id(weight)]
-                self.report(name, expert, rows.reshape(-1, rows.shape[-1]))
+                self._report(name, expert, self._real_of(rows.reshape(-1, rows.shape[-1])))
             elif id(weight) in self.whole and rows.dim() == 3 and func is not _LINEAR:
                 for expert, of_expert in enumerate(rows):
                     # every expert is handed every token here; those that were not routed to it are rows of zeros
-                    self.report(self.whole[id(weight)], expert, of_expert[of_expert.abs().amax(1) > 0])
+                    routed = of_expert.abs().amax(1) > 0
+                    if self.real is not None and len(self.real) == len(routed):
+                        routed &= self.real.to(routed.device)
+                    self._report(self.whole[id(weight)], expert, of_expert[routed])
+        elif self.real is not None and args and (func is Tensor.__getitem__ or func in _PICKS):
+            self._pick(self.real, args[0], kwargs.get("index", args[-1]))
         return func(*args, **kwargs)
+
+    def _report(self, name: str, expert: int, rows: Tensor) -> None:
+        if len(rows):
+            self.report(name, expert, rows)
+
+    def _pick(self, real: Tensor, tokens: Any, index: Any) -> None:
+        """Rows of the hidden states (tokens, hidden) are taken by their numbers."""
+        whole = tokens.dim() == 2 and len(tokens) == len(real) and tokens.is_floating_point()
+        if whole and isinstance(index, Tensor) and index.dim() == 1 and not index.is_floating_point():
+            self.picked = real.to(index.device)[index]
+
+    def _real_of(self, rows: Tensor) -> Tensor:
+        """Those that are no padding, of the rows that meet one expert: the tokens last picked, or all of the batch in order."""
+        if self.real is None:
+            return rows
+        for known in (self.picked, self.real):
+            if known is not None and len(known) == len(rows):
+                return rows[known.to(rows.device)]
+        return rows
 
 
 class PlainExperts:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import LayerwiseError, WalkError
 from ..tasks.batches import Batch, call
+from .spill import Spill, spill_of
 from .wrapping import cannot_run, replace_forward, set_eval
 
 T = TypeVar("T")
@@ -43,6 +44,7 @@ class Pass:
     outcome: Any = None
     wrote: bool = False  # the last run changed its arguments in place
     visited: set[str] = field(default_factory=set)
+    spill: Spill | None = None  # where its tensors are while it waits; None: in memory
 
     def run(self, device: torch.device | None = None, *, fresh: bool = False) -> Any:
         """The block's output for this pass, computed inside the pass; the pass keeps waiting. None if a hook had Enough.
@@ -61,13 +63,16 @@ class Pass:
                 args, kwargs = _to((args, kwargs), device)
             elif fresh:
                 args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-            before = [tensor._version for tensor in _tensors((args, kwargs))]
+            before = [tensor._version for tensor in tensors_of((args, kwargs))]
             try:
                 output = waiting.forward(*args, **kwargs)
             except Enough:
                 output = None
-            self.wrote = [tensor._version for tensor in _tensors((args, kwargs))] != before
-            return _to(output, home) if moved else output
+            self.wrote = [tensor._version for tensor in tensors_of((args, kwargs))] != before
+            output = _to(output, home) if moved else output
+            if self.spill is not None:
+                self.spill.keep(output)
+            return output
 
         with torch.no_grad():
             return self.runner.switch(command)
@@ -97,6 +102,7 @@ class PausedPasses(AbstractContextManager["PausedPasses"]):
             batches,
             forward,
         )
+        self.spill = spill_of(model)
         self.passes: list[Pass] = []
         self.done: set[str] = set()
         self._restore: list[Callable[[], None]] = []
@@ -104,6 +110,8 @@ class PausedPasses(AbstractContextManager["PausedPasses"]):
 
     def __enter__(self) -> "PausedPasses":
         self._restore.append(set_eval(self.model))
+        if self.spill is not None:
+            self.spill.leave([*tensors_of(list(self.batches)), *self.model.buffers()])
         for name in self.order:
             self._restore.append(self._wrap(name, self.model.get_submodule(name)))
         return self
@@ -119,12 +127,8 @@ class PausedPasses(AbstractContextManager["PausedPasses"]):
         self.passes, self._restore, self._by_runner = [], [], {}
 
     def __iter__(self) -> Iterator[tuple[str, list[Pass]]]:
-        for index, batch in enumerate(self.batches):
-            one = Pass(index, batch, greenlet(self._whole))
-            self._by_runner[one.runner] = one
-            self.passes.append(one)
-            with torch.no_grad():
-                one.runner.switch(one)
+        for index in range(len(self.passes), len(self.batches)):
+            self._start(index)
         while waiting := [one for one in self.passes if one.block is not None]:
             name = min((one.block for one in waiting if one.block is not None), key=self.order.__getitem__)
             if name in self.done:
@@ -136,6 +140,18 @@ class PausedPasses(AbstractContextManager["PausedPasses"]):
             yield name, standing
             if stuck := [one.index for one in standing if one.block == name]:
                 raise WalkError(f'passes {stuck[:3]} were left waiting at "{name}"')
+
+    def first(self) -> Pass:
+        """The pass of the first batch, in front of its first block: what the others will look like, before they are made."""
+        return self.passes[0] if self.passes else self._start(0)
+
+    def _start(self, index: int) -> Pass:
+        one = Pass(index, self.batches[index], greenlet(self._whole), spill=self.spill)
+        self._by_runner[one.runner] = one
+        self.passes.append(one)
+        with torch.no_grad():
+            one.runner.switch(one)
+        return one
 
     def _whole(self, one: Pass) -> None:
         try:
@@ -158,6 +174,8 @@ class PausedPasses(AbstractContextManager["PausedPasses"]):
             one.visited.add(name)
             one.block, one.forward, one.arguments = name, original, (args, kwargs)
             del args, kwargs  # the pass holds them until it goes on, then nobody does
+            if one.spill is not None:
+                one.spill.keep(one.arguments)
             command: _Command = one.runner.parent.switch()
             while command is not None:
                 command = one.runner.parent.switch(command(one))
@@ -167,14 +185,15 @@ class PausedPasses(AbstractContextManager["PausedPasses"]):
         return replace_forward(module, wait)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_of(tree: Any) -> list[Tensor]:
+    """Every tensor in a tree of lists, tuples and dictionaries, in order."""
     found: list[Tensor] = []
     tree_map_only(Tensor, found.append, tree)
     return found
 
 
 def _device_of(tree: Any) -> torch.device | None:
-    return next((tensor.device for tensor in _tensors(tree)), None)
+    return next((tensor.device for tensor in tensors_of(tree)), None)
 
 
 def _to(tree: T, device: torch.device | None) -> T:

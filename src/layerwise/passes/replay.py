@@ -24,6 +24,7 @@ from ..errors import ConfigError, LayerwiseError, WalkError
 from ..tasks.batches import Batch
 from ..tasks.losses import Loss, loss_of
 from .paused import Enough
+from .statistics import widest
 from .wrapping import Undo, cannot_run, replace_forward, set_eval
 
 Tail = Literal["linear", "exact"]
@@ -194,5 +195,4 @@ class Replays(AbstractContextManager["Replays"]):
 def _inner(now: Tensor, base: Tensor, slope: Tensor) -> float:
     """<now - base, slope>; half precision is left before the subtraction."""
     wide = torch.promote_types(now.dtype, torch.float32)
-    total = torch.float32 if now.device.type == "mps" else torch.float64  # MPS has no float64
-    return float(((now.to(wide) - base.to(wide)) * slope.to(wide)).sum(dtype=total))
+    return float(((now.to(wide) - base.to(wide)) * slope.to(wide)).sum(dtype=widest(now.device)))

@@ -2,7 +2,6 @@
 
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -53,8 +52,19 @@ def _zero_padding(module: nn.modules.conv._ConvNd) -> list[int]:
     return [size for one in reversed(sizes) for size in (one, one)]
 
 
+def real_of(mask: Tensor | None) -> Tensor | None:
+    """(batch * length,) bool, False where padding is; None where there is none. mask: (batch, length), 0 at padding, or None."""
+    if mask is None or mask.dim() != 2 or bool(mask.all()):
+        return None
+    return mask.reshape(-1).bool()
+
+
 def real_tokens(rows: Tensor, inputs: Tensor, mask: Tensor | None) -> Tensor:
-    """Leave out padding: rows of (batch, length) positions whose attention mask is 0. `mask`: (batch, length) or None."""
-    if mask is None or inputs.shape[:-1] != mask.shape or rows.shape[0] != 1 or bool(mask.all()):
+    """Leave out padding: rows of (batch, length) positions, flattened or not, whose attention mask is 0.
+
+    mask: (batch, length) or None. Flattened is told by the count alone: a router is handed that, and experts that every token meets.
+    """
+    real = real_of(mask)
+    if mask is None or real is None or rows.shape[0] != 1 or inputs.shape[:-1] not in (mask.shape, real.shape):
         return rows
-    return rows[:, mask.reshape(-1).to(device=rows.device, dtype=torch.bool)]
+    return rows[:, real.to(rows.device)]

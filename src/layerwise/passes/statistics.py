@@ -18,11 +18,13 @@ class InputStatistics:
     tokens: how many rows were seen; 0 for an expert that no token was routed to.
     squares: (columns,) sum of x_j^2 over tokens: column sums of squares, not divided by anything.
     gram: (columns, columns) X^T X summed over tokens, or None when only squares were asked for.
+    called: False where the matrix's module never ran, so that its inputs, if it has any, could not be seen.
     """
 
     tokens: int
     squares: Tensor
     gram: Tensor | None = None
+    called: bool = True
 
     def check(self, layer: str) -> None:
         """Raise StatisticsError naming the layer if any sum is not finite."""
@@ -40,6 +42,11 @@ _STRIPS = 4  # X^T X is symmetric: in 4 strips, each from the diagonal on, it ta
 _WORTH_STRIPS = 512  # columns; narrower matrices lose more in small products than they gain
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """What long sums are carried in: float64, which MPS does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class Accumulator:
     """Adds up the statistics of one matrix, batch by batch, in float32 on the device where the rows are.
 
@@ -49,9 +56,7 @@ class Accumulator:
 
     def __init__(self, columns: int, need: Need, device: torch.device) -> None:
         self.tokens = 0
-        # MPS has no float64
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        self.squares = torch.zeros(columns, dtype=wide, device=device)
+        self.squares = torch.zeros(columns, dtype=widest(device), device=device)
         self._gram = torch.zeros(columns, columns, device=device) if need == "gram" else None
         self._half = False  # what lies below the diagonal is out of date
         self._waiting: list[Tensor] = []

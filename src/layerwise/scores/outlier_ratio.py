@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, ScoreError
 from ..passes import collect_dense
+from ..passes.statistics import widest
 from ..structure import Structure, as_matrices, parameter_of
 from ..tasks.batches import Batches
 
@@ -54,5 +55,4 @@ def outlier_ratio(model: nn.Module, data: Batches, structure: Structure, factor:
 
 
 def _sum(scores: Tensor) -> float:
-    wide = torch.float32 if scores.device.type == "mps" else torch.float64  # MPS has no float64
-    return float(scores.sum(dtype=wide))
+    return float(scores.sum(dtype=widest(scores.device)))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SolveError
+from ..passes.statistics import widest
 
 RAISES = 5  # times the damping is multiplied by ten before giving up
 
@@ -59,8 +60,7 @@ def _upper_cholesky(gram: Tensor, diagonal: Tensor) -> Tensor | None:
     """
     turned = gram.flip(0, 1)
     turned.diagonal().copy_(diagonal.flip(0))
-    wider = [torch.float32] if gram.device.type == "mps" else [torch.float32, torch.float64]
-    for dtype in wider:
+    for dtype in dict.fromkeys((torch.float32, widest(gram.device))):  # each once
         lower, failed = torch.linalg.cholesky_ex(turned.to(dtype))
         if not failed and torch.isfinite(lower.diagonal()).all():
             upper: Tensor = lower.flip(0, 1).float()

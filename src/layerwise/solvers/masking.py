@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ShapeError, SolveError
-from ..passes.statistics import InputStatistics
+from ..passes.statistics import InputStatistics, widest
 from ..plan import Prune
 from .base import Solved
 from .select import keep_blocks, keep_lowest_out, keep_nm, keep_per_row, spread
@@ -41,6 +41,9 @@ def check_weights(weights: Sequence[Tensor], inputs: InputStatistics | None) -> 
 
 def why_blind(inputs: InputStatistics) -> str | None:
     """The note for inputs that say nothing about the weights, which are then pruned by magnitude; None for useful inputs."""
+    if not inputs.called:
+        why = "the model uses its weight directly, or sent no token there"
+        return f"its module was never called on calibration data ({why}): pruned by magnitude"
     if inputs.tokens == 0:
         return "no calibration token reached it: pruned by magnitude"
     if not inputs.squares.any():
@@ -81,7 +84,7 @@ def output_error(change: Tensor, inputs: InputStatistics | None) -> float | None
     """||change X||^2 summed over the calibration tokens = trace(change gram change^T); None without the gram."""
     if inputs is None or inputs.gram is None:
         return None
-    return max(float(((change @ inputs.gram) * change).sum(dtype=torch.float64)), 0.0)
+    return max(float(((change @ inputs.gram) * change).sum(dtype=widest(change.device))), 0.0)
 
 
 def keep_by_score(scores: Tensor, prune: Prune, compare: Compare) -> Tensor:

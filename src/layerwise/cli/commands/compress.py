@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
@@ -52,6 +52,7 @@ def compress(
     dtype: options.Dtype = "auto",
     stream: options.Stream = False,
     work: options.Work = None,
+    spill: options.Spill = None,
     remote_code: options.RemoteCode = False,
     output: options.Out,
     force: options.Force = False,
@@ -63,11 +64,13 @@ def compress(
 
     [dim]Example:[/]  layerwise compress demo --method owl --sparsity 0.6 --solver sparsegpt -o out
     [dim]2 of every 4:[/]  layerwise compress MODEL --pattern 2:4 --data text.jsonl -o out
+    [dim]Short of memory:[/]  layerwise compress MODEL --data text.jsonl --stream --spill scratch -o out
     [dim]Several processes:[/]  torchrun --nproc-per-node 2 -m layerwise compress demo -o out
     """
     from ...engine import Ranks, Settings, Work
     from ...io import check_output
     from ...methods import Auto
+    from ...passes import spilling
     from ...plan import Plan
 
     screen = Screen(json=json, quiet=quiet)
@@ -92,32 +95,31 @@ def compress(
     drawn = None
     if chosen.needs == "none" and not (built is not None and built.needs_data):
         who = f"solver {chosen.name}" if built is None else f"method {built.name} and solver {chosen.name}"
-        refuse(context, f"since {who} look{'s' if built is None else ''} at weights alone", *CALIBRATION)
+        refuse(context, f"since {who} look{'s' if built is None else ''} at weights alone", *CALIBRATION, "spill")
         if chosen.name != "random" and not hasattr(built, "seed"):
             refuse(context, f"since {who} draw{'s' if built is None else ''} nothing", "seed")
     else:
         drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen)
     with work_folder(folder) if ranks.rank == 0 else Work(folder, lock=False) as held:
         settings = Settings(propagate_of(propagate), None if where.type == "cpu" else where, held, seed)
-        loaded = choice.load(screen, stream=stream, device=where)
-        structure = choice.structure(loaded)
-        search = None
-        if given is not None:
-            show_notes(given.notes, screen)
-            final = with_facts(given, choice, structure, chosen) if given.model is None else _with_solver(given, chosen)
-        else:
-            plan_here = ranks.rank == 0 or not isinstance(
-                built, Auto
-            )  # a search is for one process, and takes its time
-            if plan_here:
-                final, search = make_plan(
-                    built, choice, loaded, structure, drawn, screen, chosen, settings, record_of(output)
-                )
-            final = Plan.model_validate(
-                ranks.share_object(final.to_dict() if plan_here else {}, 0)
-            )  # the last bit of a score may differ
-        job = _Job(choice, loaded, final, chosen, drawn, settings, held, stream)
-        result = job.run(screen)
+        loaded = choice.load(screen, stream=stream, device=where if spill is None else None)
+        with spilling(loaded, spill):
+            structure = choice.structure(loaded)
+            search = None
+            if given is None:
+                made: dict[str, Any] = {}
+                if ranks.rank == 0 or not isinstance(built, Auto):  # a search is for one process, and takes its time
+                    own, search = make_plan(
+                        built, choice, loaded, structure, drawn, screen, chosen, settings, record_of(output)
+                    )
+                    made = own.to_dict()
+                final = Plan.model_validate(ranks.share_object(made, 0))  # the last bit of a score may differ
+            else:
+                show_notes(given.notes, screen)
+                final = given if given.model is not None else with_facts(given, choice, structure)
+                final = _with_solver(final, chosen)
+            job = _Job(choice, loaded, final, chosen, drawn, settings, held, stream)
+            result = job.run(screen)
         saved = job.save(output, force, result, screen) if ranks.rank == 0 else None
     if saved is not None:
         record_of(output).unlink(missing_ok=True)
