@@ -44,8 +44,8 @@ class Trials:
         self.model, self.structure, self.solver, self.data, self.seed = model, structure, solver, data, seed
         self._dense = {layer.name: parameter_of(model, layer).detach().clone() for layer in structure.layers}
         self._known: dict[str, list[InputStatistics | None]] = {}
-        if solver.needs == "squares" and any(block.layers for block in structure.blocks):
-            for _, found in collect_dense(model, structure, data, "squares"):
+        if solver.needs == "squares":
+            for _, found in collect_dense(model, structure, data, "squares", outside=True):
                 self._known |= found
 
     @contextmanager
