@@ -13,18 +13,29 @@ from layerwise.tasks import Batches
 from models import MODELS, inputs_for
 
 
-def _case(name):
+def _case(name, include=()):
     model = MODELS[name]().eval()
     data = Batches(tuple(inputs_for(name, model, seed=seed) for seed in range(2)), {})
-    return model, structure_of(model), data
+    return model, structure_of(model, include=include), data
 
 
 @pytest.mark.parametrize(
     "solver", [lw.solvers.Magnitude(), lw.solvers.Wanda(), lw.solvers.SparseGPT(), lw.solvers.Random()]
 )
-@pytest.mark.parametrize("name", ["llama", "mixtral", "t5", "cifar_resnet"])
-def test_a_trial_prunes_as_a_walk_does_and_leaves_no_trace(name, solver):
-    model, structure, data = _case(name)
+@pytest.mark.parametrize(
+    ("name", "include"),
+    [
+        ("llama", ()),
+        ("mixtral", ()),
+        ("t5", ()),
+        ("cifar_resnet", ()),
+        ("cifar_resnet", ("*",)),
+        ("llama", ("lm_head", "*_proj")),
+        ("llama", ("lm_head",)),
+    ],
+)
+def test_a_trial_prunes_as_a_walk_does_and_leaves_no_trace(name, include, solver):
+    model, structure, data = _case(name, include)
     before = copy.deepcopy(model.state_dict())
     plan = lw.methods.Uniform(sparsity=0.5).plan(model, structure=structure)
     walked = copy.deepcopy(model)

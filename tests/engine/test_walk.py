@@ -346,6 +346,8 @@ def test_layers_outside_blocks_can_be_asked_for():
     plan = Plan(layers={name: Prune(sparsity=0.5) for name in sorted(outside)})
     result = compress(model, plan, solver=SparseGPT(), data=data_for("cifar_resnet", model))
     assert {event.layer for event in result.layers} == outside
+    assert all(event.tokens for event in result.layers)
+    assert not result.notes
     assert result.sparsity == pytest.approx(0.5, abs=0.01)
 
 

@@ -132,6 +132,20 @@ def test_experts_see_the_tokens_routed_to_them(name):
     assert [s and s.tokens for s in statistics[down.name]] == [s and s.tokens for s in statistics[first.name]]
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_no_block_is_handed_a_cache(name):
+    model = MODELS[name]().eval()
+    handed = []
+    for block in structure_of(model).blocks:
+        model.get_submodule(block.name).register_forward_pre_hook(
+            lambda _, args, kwargs: handed.extend([*args, *kwargs.values()]), with_kwargs=True
+        )
+    with torch.no_grad():
+        call(model, inputs_for(name, model))
+    assert handed
+    assert not [one for one in handed if "Cache" in type(one).__name__]
+
+
 def test_layers_with_one_input_share_one_statistic():
     model = MODELS["llama"]().eval()
     _, statistics = next(iter(collect_dense(model, structure_of(model), batches_for("llama", model), "gram")))

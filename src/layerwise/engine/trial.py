@@ -48,8 +48,9 @@ class Trials:
         self.model, self.structure, self.solver, self.data = model, structure, solver, data
         self._dense = {layer.name: parameter_of(model, layer).detach().clone() for layer in structure.layers}
         self._known: dict[str, list[InputStatistics | None]] = {}
-        if solver.needs == "squares" and any(block.layers for block in structure.blocks):
-            for _, found in collect_dense(model, structure, data, "squares", device=self.settings.device):
+        if solver.needs == "squares":
+            found_in = collect_dense(model, structure, data, "squares", device=self.settings.device, outside=True)
+            for _, found in found_in:
                 self._known |= found
 
     @contextmanager

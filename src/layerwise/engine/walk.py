@@ -55,7 +55,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Unit:
-    """What the walk stops at: a block, or a layer outside every block."""
+    """What the walk stops at: a block, or a module outside every block that owns a layer."""
 
     name: str
     layers: tuple[Layer, ...]  # those the plan prunes
@@ -133,10 +133,12 @@ def check_solver(solver: Solver, prunes: Mapping[str, Prune], structure: Structu
 
 
 def units_of(model: nn.Module, structure: Structure, prunes: Mapping[str, Prune]) -> list[Unit]:
-    """Every block, pruned or not (passes must be able to stop there), and the pruned layers outside blocks, each its own unit."""
-    blocks = [Unit(b.name, tuple(layer for layer in b.layers if layer.name in prunes)) for b in structure.blocks]
-    outside = [layer for layer in structure.outside if layer.name in prunes]
-    return [*(Unit(layer.parameter.rpartition(".")[0], (layer,)) for layer in outside), *blocks]
+    """Every block, pruned or not (passes must be able to stop there), and the modules outside blocks of which a layer is."""
+    lone = structure.lone
+    units = [
+        Unit(b.name, tuple(layer for layer in b.layers if layer.name in prunes)) for b in (*lone, *structure.blocks)
+    ]
+    return [unit for index, unit in enumerate(units) if unit.layers or index >= len(lone)]
 
 
 def weights_key(model: nn.Module, structure: Structure) -> str:
@@ -235,8 +237,7 @@ class _Steps:
                 keep = dense and not last
                 with Collector(self.model, unit.layers, self.solver.needs, stop_early=not keep) as collector:
                     for one in standing:
-                        collector.begin(one)
-                        output = one.run(device, fresh=one is standing[0] or standing[0].wrote)
+                        output = collector.run(one, device, fresh=one is standing[0] or standing[0].wrote)
                         if keep:
                             outputs.append(output)
                 groups = self.ranks.agree(collector.groups())

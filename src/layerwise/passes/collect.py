@@ -6,16 +6,18 @@ engine solves them together. Which layers share is seen on the first batch and h
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import WalkError
 from ..structure import Layer, module_of, parameter_of
 from .experts import ExpertsWatch, PlainExperts
-from .paused import Enough, Pass
+from .paused import Arguments, Enough, Pass
 from .rows import geometry_of, input_rows, real_of, real_tokens
 from .statistics import Accumulator, InputStatistics, Need
 
@@ -39,7 +41,7 @@ class SharedInput:
 
 
 class Collector:
-    """Hooks on the layers of one block. Use as a context around the runs of the block; `begin` before each batch.
+    """Hooks on the layers of one block. Use as a context around the runs of the block, each by `run`.
 
     With `stop_early`, a run ends (paused.Enough) as soon as the last layer has been handed its input, which saves that layer's
     own product; only where each layer is called exactly once.
@@ -53,6 +55,7 @@ class Collector:
         self._batches = 0
         self._seen: dict[tuple[int, Any], tuple[list[SharedInput], Tensor]] = {}
         self._handles: list[RemovableHandle] = []
+        self._hooks: dict[str, Arguments] = {}  # path of a layer's module -> its hook
         self._contexts: list[Any] = []
         self._watch: ExpertsWatch | None = None
         self._mask: Tensor | None = None
@@ -61,8 +64,9 @@ class Collector:
         hooked = [layer for layer in self.layers if layer.kind != "experts"]
         fused = [layer for layer in self.layers if layer.kind == "experts"]
         for layer in hooked:
-            module = module_of(self.model, layer)
-            self._handles.append(module.register_forward_pre_hook(self._hook(module, layer), with_kwargs=True))
+            module, hook = module_of(self.model, layer), self._hook(module_of(self.model, layer), layer)
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            self._hooks[layer.parameter.rpartition(".")[0]] = partial(hook, module)
         if fused:
             for layer in fused:
                 self.shared[layer.name] = SharedInput([layer], [None] * layer.matrices)
@@ -86,16 +90,22 @@ class Collector:
             handle.remove()
         self._seen.clear()
 
-    def begin(self, one: Pass) -> None:
-        """Call before each run of the block."""
+    def run(self, one: Pass, device: torch.device | None = None, *, fresh: bool = False) -> Any:
+        """`one.run`, with what its layers are handed counted; also where the block is a layer itself, as a head or a stem is."""
+        self._begin(one)
+        return one.run(device, fresh=fresh, watch=self._hooks.get(one.block or ""))
+
+    def _begin(self, one: Pass) -> None:
         if self._batches == 1:
             self._once = bool(self.calls) and all(self.calls.get(layer.name) == 1 for layer in self.layers)
         self._check_sharing()
         self._batches += 1
         self.calls = {}
         self._seen.clear()
-        # of an encoder-decoder model the decoder's tokens have a mask of their own; OPT too calls its only stack a decoder
-        decoder = "decoder_input_ids" in one.batch and ".decoder." in f".{one.block}."
+        # of an encoder-decoder model the decoder's tokens have a mask of their own, and the head sees those; OPT too calls its
+        # only stack a decoder, and a BERT that decodes has an encoder inside
+        sides = (part for part in (one.block or "").split(".") if part.endswith(("encoder", "decoder")))
+        decoder = "decoder_input_ids" in one.batch and next(sides, "decoder").endswith("decoder")
         self._mask = one.batch.get("decoder_attention_mask" if decoder else "attention_mask")
         if self._watch is not None:
             self._watch.real = real_of(self._mask)

@@ -1,12 +1,13 @@
 """Statistics of the untouched model, block by block: what scores are made from."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from ..errors import WalkError
-from ..structure import Block, Structure
+from ..structure import Block, Layer, Structure
 from ..tasks.batches import Batches, call
 from .collect import Collector
 from .paused import Forward, PausedPasses
@@ -22,22 +23,25 @@ def collect_dense(
     *,
     device: torch.device | None = None,
     forward: Forward = call,
+    outside: bool = False,
 ) -> Iterator[tuple[Block, dict[str, list[InputStatistics | None]]]]:
     """Each block in running order with, per layer name, the statistics of its matrices (None: no token came), on the dense model.
 
     One forward pass; only one block's statistics are held, and its weights are at hand while it is yielded. Layers that share an input
-    share the very objects. Raises WalkError if no batch reaches a block that has layers.
+    share the very objects. outside: layers in no block come too, as `Structure.lone`, if a batch reaches them and something is
+    multiplied there. Raises WalkError if no batch reaches a block that has layers.
     """
-    blocks = {block.name: block for block in structure.blocks}
+    lone = [replace(one, layers=tuple(layer for layer in one.layers if _multiplies(layer))) for one in structure.lone]
+    alone = [one for one in lone if one.layers] if outside else []
+    blocks = {block.name: block for block in (*alone, *structure.blocks)}
     wanted = {name for name, block in blocks.items() if block.layers}
+    if not wanted:
+        return
     with PausedPasses(model, list(blocks), data, forward) as passes:
         for name, standing in passes:
             block = blocks[name]
             with at_hand(model, name, device), Collector(model, block.layers, need, stop_early=False) as collector:
-                outputs = []
-                for one in standing:
-                    collector.begin(one)
-                    outputs.append(one.run(device))
+                outputs = [collector.run(one, device) for one in standing]
                 if block.layers:
                     by_layer = {
                         layer.name: statistics
@@ -52,7 +56,11 @@ def collect_dense(
             for one, output in zip(standing, outputs, strict=True):
                 one.go_on(output)
             del outputs
-    if wanted:
+    if missed := wanted & {block.name for block in structure.blocks}:
         raise WalkError(
-            f'no calibration batch reaches block "{min(wanted)}"; exclude its layers or give data that does.'
+            f'no calibration batch reaches block "{min(missed)}"; exclude its layers or give data that does.'
         )
+
+
+def _multiplies(layer: Layer) -> bool:
+    return layer.kind not in ("embedding", "table")

@@ -24,6 +24,7 @@ from .wrapping import cannot_run, replace_forward, set_eval
 
 T = TypeVar("T")
 Forward = Callable[[nn.Module, Batch], object]
+Arguments = Callable[[tuple[Any, ...], dict[str, Any]], None]  # is handed those of a call
 _Command = Callable[["Pass"], Any] | None  # what a waiting pass is told to do; None: go on
 
 
@@ -46,12 +47,13 @@ class Pass:
     visited: set[str] = field(default_factory=set)
     spill: Spill | None = None  # where its tensors are while it waits; None: in memory
 
-    def run(self, device: torch.device | None = None, *, fresh: bool = False) -> Any:
+    def run(self, device: torch.device | None = None, *, fresh: bool = False, watch: Arguments | None = None) -> Any:
         """The block's output for this pass, computed inside the pass; the pass keeps waiting. None if a hook had Enough.
 
         device: where the block is, if the model itself lives elsewhere; the output comes back to where the arguments are.
         fresh: hand the block copies of its arguments. A block that changes them in place (`wrote` says so afterwards) must
-        always be run so, or its second run would see the traces of the first.
+        always be run so, or its second run would see the traces of the first. watch: is handed the arguments first, as a hook
+        of the block would be; hooks of modules inside it run by themselves, those of the block itself do not.
         """
 
         def command(waiting: "Pass") -> Any:
@@ -65,6 +67,8 @@ class Pass:
                 args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
             before = [tensor._version for tensor in tensors_of((args, kwargs))]
             try:
+                if watch is not None:
+                    watch(args, kwargs)
                 output = waiting.forward(*args, **kwargs)
             except Enough:
                 output = None

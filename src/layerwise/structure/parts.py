@@ -74,6 +74,14 @@ class Structure:
         return tuple(block for stack in self.stacks for block in stack.blocks)
 
     @property
+    def lone(self) -> tuple[Block, ...]:
+        """The modules outside every stack that own layers, each with these as a block of its own (and its only stack)."""
+        owned: dict[str, list[Layer]] = {}
+        for layer in self.outside:
+            owned.setdefault(layer.parameter.rpartition(".")[0], []).append(layer)
+        return tuple(Block(path, path, 0, tuple(layers)) for path, layers in owned.items())
+
+    @property
     def layers(self) -> tuple[Layer, ...]:
         """Every layer up for compression, in the order of the model."""
         return (*(layer for block in self.blocks for layer in block.layers), *self.outside)

@@ -69,8 +69,16 @@ def call(model: nn.Module, batch: Batch) -> object:
     if "use_cache" in parameters:
         return model(**arguments, use_cache=False)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return model(**arguments)
+        # LLaVA hands the word on to its language model: with a cache, a block that runs again sees its first run's keys
+        return model(**arguments, **({"use_cache": False} if _has_cache(model) else {}))
     arguments = {name: value for name, value in arguments.items() if name in parameters or name != "labels"}
     if len(arguments) == 1 and arguments.keys().isdisjoint(parameters):
         return model(*arguments.values())
     return model(**arguments)
+
+
+def _has_cache(model: nn.Module) -> bool:
+    """Whether the config, or that of the language model inside, knows the word."""
+    config = getattr(model, "config", None)
+    text_config = getattr(config, "get_text_config", None)
+    return hasattr(text_config() if text_config else config, "use_cache")
