@@ -24,7 +24,7 @@ from layerwise.scores.snip import xavier_normal
 from layerwise.structure import structure_of
 from layerwise.tasks.batches import Batches, call
 from layerwise.tasks.losses import loss_of
-from models import IMAGES, MODELS, inputs_for
+from models import IMAGES, MODELS, draws, inputs_for
 
 X = torch.tensor([[1.0, 2.0]])
 WALKS = {"snip": snip_scores, "grasp": grasp_scores, "synflow": synflow_scores}
@@ -141,6 +141,7 @@ def test_flow_is_conserved_in_a_network_with_batch_norms():
 @pytest.mark.parametrize("name", ["cifar_resnet", "vit", "llama"])
 def test_the_model_is_left_as_it_was(walk, name):
     model = MODELS[name]().train()
+    model.register_forward_hook(draws)
     model.get_submodule(structure_of(model).layers[0].name).weight.requires_grad_(False)
     next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
     before = copy.deepcopy(model.state_dict())

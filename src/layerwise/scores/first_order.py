@@ -12,11 +12,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import LayerwiseError, ModelError, ScoreError, WalkError
 from ..passes import store_of
-from ..passes.wrapping import cannot_run, set_eval
+from ..passes.wrapping import cannot_run
 from ..structure import Layer, Structure, parameter_of
+from ..tasks import left_alone
 from ..tasks.batches import Batches, first_samples
 from ..tasks.losses import Loss, loss_of
 
@@ -100,7 +102,7 @@ def _gradients_of(
     reached: gets the names of the blocks that ran. A block may run and yet have no gradient, as LLaVA's last vision block.
     """
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    undo, handles = set_eval(model), []
+    handles: list[RemovableHandle] = []
     try:
         for parameter, *_ in before:
             parameter.requires_grad_(False)
@@ -113,7 +115,7 @@ def _gradients_of(
         for block in structure.blocks:
             note = partial(_note, reached, block.name)
             handles.append(model.get_submodule(block.name).register_forward_pre_hook(note))
-        with torch.enable_grad():
+        with left_alone([model]), torch.enable_grad():
             yield
     finally:
         for handle in handles:
@@ -121,7 +123,6 @@ def _gradients_of(
         for parameter, required, gradient in before:
             parameter.requires_grad_(required)
             parameter.grad = gradient
-        undo()
 
 
 def _note(reached: set[str], block: str, *_: object) -> None:

@@ -5,18 +5,17 @@ accumulated in `.grad`, no hook on a parameter fires and no running statistic mo
 before any training, when their running statistics mean nothing; all else is in evaluation mode, without dropout.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import DataError, ModelError, ScoreError
 from ..structure import Structure, parameter_of
+from ..tasks import left_alone
 from ..tasks.batches import Batch
 from ..tasks.losses import Loss, loss_of
 
@@ -89,22 +88,6 @@ def check_in_memory(model: nn.Module) -> None:
         raise ModelError("a gradient needs the whole model in memory: load it without streaming.")
 
 
-@contextmanager
-def left_alone(model: nn.Module, *, by_batch: bool) -> Iterator[None]:
-    """Evaluation mode, but for batch norms if they are to normalise by the batch; afterwards every mode and torch's random state are
-    what they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    state = torch.get_rng_state()
-    try:
-        for module, _ in modes:
-            module.training = by_batch and isinstance(module, _BatchNorm)
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        torch.set_rng_state(state)
-
-
 class _Stage:
     """A model on stand-ins: `leaves` are those of the chosen layers, in their order, and have gradients; nothing else has."""
 
@@ -127,7 +110,7 @@ class _Stage:
         self.leaves = [self._tensors[first[id(parameter_of(model, layer))]].requires_grad_() for layer in structure]
         self._tensors |= {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._whole = _Loss(model, loss)
-        self._context = left_alone(model, by_batch=True)
+        self._context = left_alone([model], by_batch=True)
 
     def __enter__(self) -> "_Stage":
         self._context.__enter__()

@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import DataError, ModelError, ScoreError
 from ..structure import Structure, parameter_of, structure_of
+from ..tasks import left_alone
 from ..tasks.batches import Batch, call
-from .gradients import check_in_memory, left_alone
+from .gradients import check_in_memory
 
 
 def synaptic_flow(weight: Tensor, gradient: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ def synflow_scores(
         leaves[layer.name] = tensors[name].requires_grad_()
     tensors |= _positive_buffers(model, dtype)
     renamed, ones = {f"model.{n}": tensor for n, tensor in tensors.items()}, _of_ones(data[0], dtype)
-    with left_alone(model, by_batch=False), torch.enable_grad():
+    with left_alone([model]), torch.enable_grad():
         flow = functional_call(_Flow(model), renamed, (ones,))
         if not flow.requires_grad:
             raise ModelError(f"the outputs of {type(model).__name__} depend on none of the {len(leaves)} layers.")
