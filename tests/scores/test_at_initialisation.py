@@ -96,12 +96,15 @@ def test_the_temperature_divides_the_logits():
     assert all(torch.allclose(cool[name], expected[name], rtol=1e-4, atol=1e-8) for name in cool)
 
 
-def test_a_temperature_without_logits_to_divide_is_an_error():
-    """CLIP gives similarities; other outputs may hold their logits anywhere."""
-    model = MODELS["clip"]()
-    data, structure = Batches((inputs_for("clip", model),), {}), structure_of(model)
+@pytest.mark.parametrize("name", ["clip", "bert"])
+def test_a_temperature_that_would_not_reach_the_loss_is_an_error(name):
+    """CLIP gives similarities; BERT has logits, but computes its loss itself, before they could be divided."""
+    model = MODELS[name]()
+    batch, structure = inputs_for(name, model), structure_of(model)
+    data = Batches((batch if name == "clip" else batch | {"labels": batch["input_ids"]},), {})
     assert snip_scores(model, data, structure)
-    with pytest.raises(ModelError, match="CLIPModel gives no logits that a temperature of 200 could divide"):
+    words = f"the loss of {type(model).__name__} is not taken from logits that a temperature of 200 could divide"
+    with pytest.raises(ModelError, match=words):
         grasp_scores(model, data, structure)
     assert grasp_scores(model, data, structure, temperature=1.0)
 

@@ -103,7 +103,9 @@ class _Stage:
         if not len(data):
             raise DataError("a gradient needs batches with what the loss is taken of; there are none.")
         check_in_memory(model)
-        self.model, self.temperature, self._cooled = model, temperature, temperature == 1
+        self.model, self.temperature = model, temperature
+        self._logits: Tensor | None = None  # of a pass, divided by the temperature
+        self._used = temperature == 1  # whether the loss is taken from them
         self._names = [layer.name for layer in structure]
         self._tensors = {n: weights.get(n, parameter).detach() for n, parameter in model.named_parameters()}
         first = {id(parameter): name for name, parameter in model.named_parameters()}  # of the names of a tied tensor
@@ -135,10 +137,9 @@ class _Stage:
             raise DataError(
                 "batch norms normalise by the batch here: give batches of more than one example."
             ) from error
-        if not self._cooled:
-            raise ModelError(
-                f"{type(self.model).__name__} gives no logits that a temperature of {self.temperature:g} could divide. Use 1."
-            )
+        logits, self._logits = self._logits, None
+        if not self._used and value.requires_grad:
+            self._check_temperature(value, logits)
         if not torch.isfinite(value):
             raise ScoreError(
                 f"the loss is {float(value.detach())}. Check the weights and the data for NaN and overflow."
@@ -160,14 +161,23 @@ class _Stage:
             if one is not None:
                 total[name].add_(one.detach())
 
+    def _check_temperature(self, value: Tensor, logits: Tensor | None) -> None:
+        """Raise ModelError if the loss is not taken from the divided logits: some models compute their own, before the division."""
+        if logits is not None and logits.requires_grad:
+            (slope,) = torch.autograd.grad(value, [logits], retain_graph=True, allow_unused=True)
+            self._used = slope is not None
+        if not self._used:
+            raise ModelError(
+                f"the loss of {type(self.model).__name__} is not taken from logits that a temperature of {self.temperature:g} could"
+                " divide. Use 1."
+            )
+
     def _cool(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         """The output with its logits divided by the temperature; an output that is one tensor is the logits."""
         if isinstance(output, Tensor):
-            self._cooled = True
-            return output / self.temperature
-        if isinstance(logits := getattr(output, "logits", None), Tensor):
-            self._cooled = True
-            output.logits = logits / self.temperature
+            self._logits = output = output / self.temperature
+        elif isinstance(logits := getattr(output, "logits", None), Tensor):
+            self._logits = output.logits = logits / self.temperature
         return output
 
 
