@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from layerwise.errors import DataError, ModelError, ScoreError
+from layerwise.errors import DataError, ModelError, ScoreError, WalkError
 from layerwise.scores import (
     SCORES,
     connection_sensitivity,
@@ -260,6 +260,15 @@ def test_what_has_no_loss_is_told_so():
     flux = MODELS["flux"]()
     with pytest.raises(ModelError, match="FluxTransformer2DModel has no loss that is known"):
         grasp_scores(flux, Batches((inputs_for("flux", flux),), {}), structure_of(flux))
+
+
+@walks
+def test_what_the_model_cannot_run_on_is_one_line_with_the_batch(walk):
+    model = MODELS["llama"]()
+    broken = {"input_ids": torch.full((2, 4), 10_000)}
+    before = [] if walk is synflow_scores else [inputs_for("llama", model)]  # it looks at the first batch alone
+    with pytest.raises(WalkError, match=rf"^the model cannot run on batch {len(before)}: IndexError: [^\n]+$"):
+        walk(model, Batches((*before, broken), {}), structure_of(model))
 
 
 def test_a_loss_that_is_not_finite_or_knows_no_layer_is_an_error():

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..errors import DataError, ModelError, ScoreError
+from ..errors import DataError, LayerwiseError, ModelError, ScoreError
+from ..passes.wrapping import cannot_run
 from ..structure import Structure, parameter_of
 from ..tasks import left_alone
 from ..tasks.batches import Batch
@@ -32,13 +33,13 @@ def gradients(
     """Layer name -> gradient of the loss, float32 in the stored shape, summed over the batches; zeros where the loss does not look.
 
     weights: parameter name -> values to use instead of the model's. temperature: divides the logits before the loss.
-    Raises DataError without batches, ModelError for a model that is not in memory, and what the loss raises; ScoreError naming the layer
-    where a gradient is not finite.
+    Raises DataError without batches, ModelError for a model that is not in memory, WalkError naming the batch it cannot run on, and what
+    the loss raises; ScoreError naming the layer where a gradient is not finite.
     """
     with _Stage(model, data, structure, weights or {}, temperature, loss) as stage:
         total = stage.zeros()
-        for batch in data:
-            found = torch.autograd.grad(stage.loss(batch), stage.leaves, allow_unused=True)
+        for index, batch in enumerate(data):
+            found = torch.autograd.grad(stage.loss(batch, index), stage.leaves, allow_unused=True)
             stage.add(total, found)
     return _finite(total)
 
@@ -60,9 +61,10 @@ def hessian_products(
     # the fused attention kernels have no second derivative
     with _Stage(model, data, structure, {}, temperature, loss) as stage, sdpa_kernel(SDPBackend.MATH):
         total, direction = stage.zeros(), list(g.values())
-        for batch in data:
+        for index, batch in enumerate(data):
+            value = stage.loss(batch, index)
             try:
-                first = torch.autograd.grad(stage.loss(batch), stage.leaves, allow_unused=True, create_graph=True)
+                first = torch.autograd.grad(value, stage.leaves, allow_unused=True, create_graph=True)
                 pairs = [(d, one) for d, one in zip(direction, first, strict=True) if one is not None]
                 along = sum((d * one.float()).sum() for d, one in pairs)
                 if not isinstance(along, Tensor) or not along.requires_grad:
@@ -124,16 +126,18 @@ class _Stage:
             self._handle.remove()
         self._context.__exit__(*error)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch, index: int) -> Tensor:
         """Of one batch, with its graph. Raises ScoreError if it is not finite, ModelError if it depends on no chosen layer, DataError
-        for a single example where batch norms see one value of each channel."""
+        for a single example where batch norms see one value of each channel, WalkError if the model cannot run on it."""
         renamed = {f"model.{name}": tensor for name, tensor in self._tensors.items()}
         try:
             with torch.enable_grad():
                 value: Tensor = functional_call(self._whole, renamed, (batch,))
-        except ValueError as error:
+        except LayerwiseError:
+            raise
+        except Exception as error:  # the model's own code: any class may come out
             if "more than 1 value per channel" not in str(error):
-                raise
+                raise cannot_run(error, index, None) from error
             raise DataError(
                 "batch norms normalise by the batch here: give batches of more than one example."
             ) from error

@@ -14,7 +14,8 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from ..errors import DataError, ModelError, ScoreError
+from ..errors import DataError, LayerwiseError, ModelError, ScoreError
+from ..passes.wrapping import cannot_run
 from ..structure import Structure, parameter_of, structure_of
 from ..tasks import left_alone
 from ..tasks.batches import Batch, call
@@ -34,7 +35,7 @@ def synflow_scores(
 
     keep: layer name -> bool in the stored shape, False where a weight is pruned already and carries nothing. In float64, because the
     flow grows by about the width of every layer without a norm; in float32 where there are fused experts, whose kernels take no
-    more, and on MPS, which has no more. Raises DataError without a batch, ScoreError if it overflows.
+    more, and on MPS, which has no more. Raises DataError without a batch, WalkError if the model cannot run on it, ScoreError if it overflows.
     """
     if not len(data):
         raise DataError("synflow needs a batch for the shape of the inputs; there is none.")
@@ -51,7 +52,12 @@ def synflow_scores(
     tensors |= _positive_buffers(model, dtype)
     renamed, ones = {f"model.{n}": tensor for n, tensor in tensors.items()}, _of_ones(data[0], dtype)
     with left_alone([model]), torch.enable_grad():
-        flow = functional_call(_Flow(model), renamed, (ones,))
+        try:
+            flow = functional_call(_Flow(model), renamed, (ones,))
+        except LayerwiseError:
+            raise
+        except Exception as error:  # the model's own code: any class may come out
+            raise cannot_run(error, 0, None) from error
         if not flow.requires_grad:
             raise ModelError(f"the outputs of {type(model).__name__} depend on none of the {len(leaves)} layers.")
         found = torch.autograd.grad(flow, list(leaves.values()), allow_unused=True)
