@@ -21,6 +21,7 @@ from ..structure import Layer, Structure, parameter_of
 from ..tasks import left_alone
 from ..tasks.batches import Batches, first_samples
 from ..tasks.losses import Loss, loss_of
+from .watching import tell
 
 Kind = Literal["magnitude", "square", "gradient", "norm"]
 
@@ -73,6 +74,7 @@ def first_order_gradient(
 
     with _gradients_of(model, structure, take, reached):
         for index, batch in enumerate(chosen):
+            tell(index, len(chosen), f"batch {index}")
             try:
                 value = loss(model, batch)
                 if not bool(value.isfinite()):
@@ -88,6 +90,7 @@ def first_order_gradient(
                 raise
             except Exception as error:  # the model's own code: any class may come out
                 raise cannot_run(error, index, None) from error
+    tell(len(chosen), len(chosen))
     if missed := [block.name for block in structure.blocks if block.layers and block.name not in reached]:
         raise WalkError(f'no calibration batch reaches block "{missed[0]}"; exclude its layers or give data that does.')
     return {name: total / len(chosen) for name, total in sums.items()}

@@ -19,6 +19,7 @@ from ..structure import Structure, parameter_of
 from ..tasks import left_alone
 from ..tasks.batches import Batch
 from ..tasks.losses import Loss, loss_of
+from .watching import part, tell
 
 
 def gradients(
@@ -39,8 +40,10 @@ def gradients(
     with _Stage(model, data, structure, weights or {}, temperature, loss) as stage:
         total = stage.zeros()
         for index, batch in enumerate(data):
+            tell(index, len(data), f"gradient of batch {index}")
             found = torch.autograd.grad(stage.loss(batch, index), stage.leaves, allow_unused=True)
             stage.add(total, found)
+    tell(len(data), len(data))
     return _finite(total)
 
 
@@ -57,11 +60,13 @@ def hessian_products(
     A second backward pass through the first, batch by batch. Errors as in `gradients`, and ScoreError for a model with an operation
     that cannot be differentiated twice.
     """
-    g = gradients(model, data, structure, temperature=temperature, loss=loss)
+    with part(0, 2):
+        g = gradients(model, data, structure, temperature=temperature, loss=loss)
     # the fused attention kernels have no second derivative
-    with _Stage(model, data, structure, {}, temperature, loss) as stage, sdpa_kernel(SDPBackend.MATH):
+    with part(1, 2), _Stage(model, data, structure, {}, temperature, loss) as stage, sdpa_kernel(SDPBackend.MATH):
         total, direction = stage.zeros(), list(g.values())
         for index, batch in enumerate(data):
+            tell(index, len(data), f"curvature of batch {index}")
             value = stage.loss(batch, index)
             try:
                 first = torch.autograd.grad(value, stage.leaves, allow_unused=True, create_graph=True)
@@ -76,6 +81,7 @@ def hessian_products(
                 raise ScoreError(
                     f"{type(model).__name__} has an operation that cannot be differentiated twice: {str(error).splitlines()[0]}"
                 ) from error
+        tell(len(data), len(data))
     return _finite(total)
 
 

@@ -16,6 +16,7 @@ from ..randomness import generator_for
 from ..structure import Layer, Structure, parameter_of
 from ..tasks.batches import Batches, first_samples
 from ..tasks.losses import Loss, loss_of
+from .watching import tell
 
 REFERENCE_STEP = 1e-3  # of the official code, whatever the size of the weights
 HALF_FACTOR = 5.0  # the outputs of half-precision layers are rounded, too: a larger step stands out of that noise
@@ -94,11 +95,14 @@ def zeroth_order_gradient(
     units = list(_units(structure, joint))
     slopes: dict[str, list[float]] = {name: [] for name, _, _ in units}
     reached: set[str] = set()
+    chosen = first_samples(data, samples)
+    moves = len(chosen) * len(units)
     with Replays(model, [block.name for block in structure.blocks], loss, tail) as replays:
-        for index, batch in enumerate(first_samples(data, samples)):
+        for index, batch in enumerate(chosen):
             recording = replays.record(batch, index)
             reached.update(recording.order)
-            for name, block, layers in units:
+            for done, (name, block, layers) in enumerate(units, start=index * len(units)):
+                tell(done, moves, f"{name}, batch {index}")
                 if block is not None and block not in recording.outputs:  # its gradient is 0 in this batch
                     slopes[name] += [0.0] * draws
                     continue
@@ -109,6 +113,7 @@ def zeroth_order_gradient(
                         slopes[name].append(_slope(replays, recording, block, layers, size, seed, key))
                     except ScoreError as error:
                         raise ScoreError(f'layer "{name}": {error}') from error
+    tell(moves, moves)
     if missed := [block for _, block, _ in units if block is not None and block not in reached]:
         raise WalkError(f'no calibration batch reaches block "{missed[0]}"; exclude its layers or give data that does.')
     return {name: norm_from_slopes(found) for name, found in slopes.items()}
