@@ -293,8 +293,12 @@ def test_bad_masks_are_refused_before_anything_is_done():
             ShapeError, match=r'mask of "weight" is torch\.\w+ .*; the weight takes torch.bool \(2, 3\)'
         ):
             Masks(model, {"weight": bad})
-    with pytest.raises(ConfigError, match=r'two masks are given for "0\.weight"'):
-        Masks(nn.Sequential(model), {"0": torch.ones(2, 3).bool(), "0.weight": torch.ones(2, 3).bool()})
+    for two in ({"0": torch.ones(2, 3).bool(), "0.weight": torch.ones(2, 3).bool()},
+                {"0": torch.ones(2, 3).bool(), "1": torch.zeros(2, 3).bool()}):  # fmt: skip
+        first, second = two
+        words = rf'two masks are given for one weight, as "{first}" and as "{second}"'
+        with pytest.raises(ConfigError, match=words):
+            Masks(nn.Sequential(model, model), two)  # "0.weight" and "1.weight" are one parameter
     with pytest.raises(ConfigError, match="no masks to hold"):
         Masks(model, {})
     assert torch.equal(model.weight, before)

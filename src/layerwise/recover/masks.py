@@ -28,7 +28,8 @@ class Masks:
 
     keep: names of parameters, or of the modules whose `weight` they are, to bool tensors of the parameter's shape, True = kept.
     The masks are copied, a byte for each weight, and follow the parameters to their device.
-    Raises ConfigError for a name the model does not have or that is given twice, ShapeError for a mask that does not fit.
+    Raises ConfigError for a name the model does not have, or a weight that is given twice, also under the two names of a tied one;
+    ShapeError for a mask that does not fit.
     """
 
     def __init__(self, model: nn.Module, keep: Mapping[str, Tensor]) -> None:
@@ -36,11 +37,12 @@ class Masks:
             raise ConfigError("there are no masks to hold: give at least one.")
         self._parameters: dict[str, nn.Parameter] = {}
         self._keep: dict[str, Tensor] = {}
+        names: dict[int, str] = {}  # of each parameter, which has several where it is tied
         for given, mask in keep.items():
             name, parameter = _parameter(model, given)
             _check(name, mask, parameter)
-            if name in self._keep:
-                raise ConfigError(f'two masks are given for "{name}": give one.')
+            if (known := names.setdefault(id(parameter), given)) != given:
+                raise ConfigError(f'two masks are given for one weight, as "{known}" and as "{given}": give one.')
             self._parameters[name] = parameter
             self._keep[name] = mask.clone(memory_format=torch.contiguous_format)
         self._handles: list[RemovableHandle] = []

@@ -35,7 +35,8 @@ def synflow_scores(
 
     keep: layer name -> bool in the stored shape, False where a weight is pruned already and carries nothing. In float64, because the
     flow grows by about the width of every layer without a norm; in float32 where there are fused experts, whose kernels take no
-    more, and on MPS, which has no more. Raises DataError without a batch, WalkError if the model cannot run on it, ScoreError if it overflows.
+    more, and on MPS, which has no more. Raises DataError without a batch, WalkError if the model cannot run on it, ScoreError if it
+    overflows.
     """
     if not len(data):
         raise DataError("synflow needs a batch for the shape of the inputs; there is none.")
