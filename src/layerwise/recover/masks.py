@@ -48,9 +48,8 @@ class Masks:
         self._handles: list[RemovableHandle] = []
         self._watched: list[Optimizer] = []
         for name, parameter in self._parameters.items():
-            if parameter.requires_grad:
-                handle: RemovableHandle = parameter.register_hook(self._hook(name))  # type: ignore[no-untyped-call]
-                self._handles.append(handle)
+            if parameter.is_floating_point():  # others never have gradients
+                self._handles.append(_hooked(parameter, self._hook(name)))
         self.apply()
 
     def watch(self, optimizer: Optimizer) -> None:
@@ -171,6 +170,17 @@ def masks_of(source: nn.Module | str | Path, names: Sequence[str] | None = None)
             raise DataError(f"{type(source).__name__} has no zeros in any matrix: prune it first, or name the weights.")
         return masks
     return {name: parameter.detach() != 0 for name, parameter in (_parameter(source, name) for name in names)}
+
+
+def _hooked(parameter: nn.Parameter, hook: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """The hook on its gradient. A frozen parameter gets it too: it stays while the parameter is frozen, and may be trained later."""
+    trained = parameter.requires_grad
+    parameter.requires_grad_()
+    try:
+        handle: RemovableHandle = parameter.register_hook(hook)  # type: ignore[no-untyped-call]
+    finally:
+        parameter.requires_grad_(trained)
+    return handle
 
 
 def _parameter(model: nn.Module, given: str) -> tuple[str, nn.Parameter]:
