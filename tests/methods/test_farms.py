@@ -205,6 +205,15 @@ def test_an_infeasible_budget_is_found_before_any_spectrum():
         FARMS(max_sparsity=0.5).plan(model)
 
 
+@pytest.mark.parametrize("method", [FARMS, AlphaPruning])
+@pytest.mark.parametrize("given", [{"min_sparsity": 0.2}, {"max_sparsity": 0.9}])
+def test_bounds_that_the_clamp_would_not_heed_are_refused(method, given):
+    (name,) = given
+    assert getattr(method(**given), name) == given[name]
+    with pytest.raises(ConfigError, match=rf'^{method.__name__}\.{name}=\S+ has no effect with excess="clamp"'):
+        method(excess="clamp", **given)
+
+
 @pytest.mark.parametrize("given", [
     {"spread": 1.1}, {"spread": -0.1}, {"fit": "median"}, {"per": "model"}, {"excess": "drop"}, {"max_sparsity": 1.1},
     {"window": -1}, {"aspect": 0.0}, {"windows": 0}, {"sample": 16}, {"sample": -1},

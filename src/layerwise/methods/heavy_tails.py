@@ -54,6 +54,17 @@ def check_settings(method: ByAlpha) -> None:
     for name, (word, known) in words.items():
         if word not in known:
             raise ConfigError(f'{owner}.{name}="{word}": give {", ".join(known[:-1])} or {known[-1]}.')
+    _check_clamp(method)
+
+
+def _check_clamp(method: ByAlpha) -> None:
+    """The clamp has caps of its own, so bounds of one's own would go unheeded."""
+    bounds = [name for name in ("min_sparsity", "max_sparsity") if getattr(method, name) != getattr(type(method), name)]
+    if method.excess == "clamp" and bounds:
+        raise ConfigError(
+            f'{type(method).__name__}.{bounds[0]}={getattr(method, bounds[0]):g} has no effect with excess="clamp", which has caps of its'
+            ' own. Leave it out, or use excess="fill".'
+        )
 
 
 def plan_by_tails(method: ByAlpha, model: nn.Module, structure: Structure | None, look: Look) -> Plan:
