@@ -44,8 +44,10 @@ def check_settings(method: ByAlpha) -> None:
     """Raise ConfigError for a setting out of its range."""
     owner = type(method).__name__
     check_sparsities(owner, method.sparsity, method.min_sparsity, method.max_sparsity)
-    if not 0 <= method.spread <= 1:
-        raise ConfigError(f"{owner}.spread={method.spread:g}: sparsities are the target times 1 ± spread, 0 to 1.")
+    if not 0 <= method.spread < 1:  # at 1 the factor of the smallest alpha is 0, which no scale brings to a budget
+        raise ConfigError(
+            f"{owner}.spread={method.spread:g}: sparsities are the target times 1 ± spread: give 0 <= spread < 1."
+        )
     words: dict[str, tuple[str, Sequence[str]]] = {
         "fit": (method.fit, FITS),
         "per": (method.per, ("block", "layer")),
