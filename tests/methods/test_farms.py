@@ -173,6 +173,15 @@ def test_equal_blocks_are_uniform_and_say_so():
     assert {round(entry.prune.sparsity, 2) for entry in plan.layers.values()} == {0.7}
 
 
+def test_tables_alone_have_windows_of_their_shortest_side():
+    model = torch.nn.Module()
+    model.scale = torch.nn.Parameter(torch.randn(12, 16, generator=torch.Generator().manual_seed(0)))
+    structure = structure_of(model, include=["*"])
+    assert [layer.kind for layer in structure] == ["table"]
+    plan = FARMS(window=0, per="layer", fit="mid").plan(model, structure=structure)
+    assert dict(plan.scores) == alpha_hill(model, structure, Look(Windows(12), "mid"))
+
+
 def test_windows_that_do_not_fit_are_noted():
     plan = FARMS(window=30, aspect=2.0, fit="mid").plan(MODELS["llama"]())
     assert any(note.endswith("its whole matrix was used") for note in plan.notes)
