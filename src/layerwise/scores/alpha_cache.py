@@ -8,15 +8,16 @@ goes on after its last layer.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..files import whole_file
 
 _folder: ContextVar[Path | None] = ContextVar("layerwise_alphas", default=None)
 
@@ -58,13 +59,9 @@ def recall(folder: Path, key: str) -> dict[str, Any] | None:
 
 def keep(folder: Path, key: str, found: Mapping[str, Any]) -> str:
     """Write it, whole or not at all. Returns an empty string, or what went wrong: no reason to lose the result itself."""
-    partial = folder / f".{key}.partial-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(dict(found)), encoding="utf-8")
-        partial.replace(folder / f"{key}.json")
+        with whole_file(folder / f"{key}.json") as partial:
+            partial.write_text(json.dumps(dict(found)), encoding="utf-8")
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         return f"alphas could not be kept in {folder}: {error.strerror or error}"
     return ""
