@@ -13,7 +13,7 @@ from ..allocate import check_feasible, linear_factors, water_fill
 from ..errors import ConfigError, ModelError
 from ..plan import Plan
 from ..scores import FITS, Fit, LayerTail, Look, layer_tails
-from ..structure import Structure
+from ..structure import Structure, groups_of
 from .assemble import found, plan_of, sizes_of
 from .base import Method, check_sparsities
 
@@ -134,9 +134,7 @@ def group_sparsities(
 
 def _groups(method: ByAlpha, model: nn.Module, structure: Structure) -> dict[str, list[str]]:
     """What gets a sparsity of its own -> its layers."""
-    if method.per == "layer":
-        return {layer.name: [layer.name] for layer in structure}
-    groups = {block.name: [layer.name for layer in block.layers] for block in structure.blocks if block.layers}
+    groups = {name: [layer.name for layer in layers] for name, layers in groups_of(structure, method.per).items()}
     if not groups:
         raise ModelError(
             f"{type(method).__name__} shares sparsity out over blocks, and {type(model).__name__} has none with layers up for"
