@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import LayerwiseError, ModelError, ScoreError, WalkError
-from ..passes import store_of
+from ..errors import LayerwiseError, ScoreError, WalkError
+from ..passes import check_whole
 from ..passes.wrapping import cannot_run
 from ..structure import Layer, Structure, parameter_of
 from ..tasks import left_alone
@@ -56,8 +56,7 @@ def first_order_gradient(
     Raises ScoreError naming the layer if a gradient is not finite or cannot be had, WalkError if no batch reaches a block, and what
     `loss` raises.
     """
-    if store_of(model) is not None:
-        raise ModelError("a streamed model has no gradients: load it whole, or use a score that needs none.")
+    check_whole(model, "a gradient")
     chosen = first_samples(data, samples)
     sums = dict.fromkeys((layer.name for layer in structure), 0.0)
     reached: set[str] = set()

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import DataError, LayerwiseError, ModelError, ScoreError
+from ..passes import check_whole
 from ..passes.wrapping import cannot_run
 from ..structure import Structure, parameter_of
 from ..tasks import left_alone
@@ -90,12 +91,6 @@ def layer_means(scores: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: float(score.cpu().mean(dtype=torch.float64)) for name, score in scores.items()}
 
 
-def check_in_memory(model: nn.Module) -> None:
-    """Raise ModelError for a model whose weights are streamed: a gradient needs all of them at once."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ModelError("a gradient needs the whole model in memory: load it without streaming.")
-
-
 class _Stage:
     """A model on stand-ins: `leaves` are those of the chosen layers, in their order, and have gradients; nothing else has."""
 
@@ -110,7 +105,7 @@ class _Stage:
     ) -> None:
         if not len(data):
             raise DataError("a gradient needs batches with what the loss is taken of; there are none.")
-        check_in_memory(model)
+        check_whole(model, "a gradient")
         self.model, self.temperature = model, temperature
         self._logits: Tensor | None = None  # of a pass, divided by the temperature
         self._used = temperature == 1  # whether the loss is taken from them

@@ -15,11 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from ..errors import DataError, LayerwiseError, ModelError, ScoreError
+from ..passes import check_whole
 from ..passes.wrapping import cannot_run
 from ..structure import Structure, parameter_of, structure_of
 from ..tasks import left_alone
 from ..tasks.batches import Batch, call
-from .gradients import check_in_memory
 
 
 def synaptic_flow(weight: Tensor, gradient: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def synflow_scores(
     """
     if not len(data):
         raise DataError("synflow needs a batch for the shape of the inputs; there is none.")
-    check_in_memory(model)
+    check_whole(model, "a gradient")
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     dtype = _dtype_for(model)
     tensors = {name: _cast(parameter.detach().abs(), dtype) for name, parameter in model.named_parameters()}

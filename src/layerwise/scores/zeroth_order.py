@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, ModelError, ScoreError, WalkError
-from ..passes import Recording, Replays, Tail, store_of
+from ..errors import ConfigError, ScoreError, WalkError
+from ..passes import Recording, Replays, Tail, check_whole
 from ..randomness import generator_for
 from ..structure import Layer, Structure, parameter_of
 from ..tasks.batches import Batches, first_samples
@@ -90,8 +90,7 @@ def zeroth_order_gradient(
         raise ConfigError(
             f"zeroth_order_gradient: step={step:g}, draws={draws}: give a step above 0 and at least 1 draw."
         )
-    if store_of(model) is not None:
-        raise ModelError("a streamed model is read anew in every pass, and this score takes thousands: load it whole.")
+    check_whole(model, "a score of thousands of passes")
     units = list(_units(structure, joint))
     slopes: dict[str, list[float]] = {name: [] for name, _, _ in units}
     reached: set[str] = set()
