@@ -5,13 +5,13 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ..errors import WalkError
 from ..structure import Block, Structure
 from ..tasks.batches import Batches, call
 from .collect import Collector
 from .paused import Forward, PausedPasses
 from .residency import at_hand
 from .statistics import InputStatistics, Need
+from .wrapping import not_reached
 
 
 def collect_dense(
@@ -53,6 +53,4 @@ def collect_dense(
                 one.go_on(output)
             del outputs
     if wanted:
-        raise WalkError(
-            f'no calibration batch reaches block "{min(wanted)}"; exclude its layers or give data that does.'
-        )
+        raise not_reached(min(wanted))

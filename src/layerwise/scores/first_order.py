@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import LayerwiseError, ScoreError, WalkError
+from ..errors import LayerwiseError, ScoreError
 from ..passes import check_whole
-from ..passes.wrapping import cannot_run
+from ..passes.wrapping import cannot_run, not_reached
 from ..structure import Layer, Structure, parameter_of
 from ..tasks import left_alone
 from ..tasks.batches import Batches, first_samples
@@ -91,7 +91,7 @@ def first_order_gradient(
                 raise cannot_run(error, index, None) from error
     tell(len(chosen), len(chosen))
     if missed := [block.name for block in structure.blocks if block.layers and block.name not in reached]:
-        raise WalkError(f'no calibration batch reaches block "{missed[0]}"; exclude its layers or give data that does.')
+        raise not_reached(missed[0])
     return {name: total / len(chosen) for name, total in sums.items()}
 
 

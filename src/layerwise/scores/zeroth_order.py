@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, ScoreError, WalkError
+from ..errors import ConfigError, ScoreError
 from ..passes import Recording, Replays, Tail, check_whole
+from ..passes.wrapping import not_reached
 from ..randomness import generator_for
 from ..structure import Layer, Structure, parameter_of
 from ..tasks.batches import Batches, first_samples
@@ -114,7 +115,7 @@ def zeroth_order_gradient(
                         raise ScoreError(f'layer "{name}": {error}') from error
     tell(moves, moves)
     if missed := [block for _, block, _ in units if block is not None and block not in reached]:
-        raise WalkError(f'no calibration batch reaches block "{missed[0]}"; exclude its layers or give data that does.')
+        raise not_reached(missed[0])
     return {name: norm_from_slopes(found) for name, found in slopes.items()}
 
 
