@@ -345,3 +345,8 @@ def inputs_for(name: str, model: nn.Module, batch: int = 2, seed: int = 0) -> di
             "txt_ids": torch.zeros(5, 3),
         }
     return {"input_ids": ids()}
+
+
+def draws(*_: object) -> None:
+    """A forward hook: as a model whose own code draws, in evaluation mode too."""
+    torch.rand(1)

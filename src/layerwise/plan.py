@@ -4,12 +4,10 @@ A plan knows names and numbers, no torch model: `Plan.check` takes the sizes of 
 with `name`, `size`, `rows`, `columns`) and lists every problem, not only the first.
 """
 
-import contextlib
 import dataclasses
 import fnmatch
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +16,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from .errors import BudgetError, OutputError, PlanError, SelectionError
+from .files import output_file
 from .plan_check import Sized, entry_problems
 from .plan_diff import Change, differences
 from .plan_shift import shift_evenly
@@ -212,15 +211,8 @@ class Plan(Record):
             raise OutputError(
                 f'output "{path}" exists already. Give another name, or replace it: force=True (--force).'
             )
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with output_file(path) as partial:
             partial.write_text(self.to_json() if path.suffix == ".json" else self.to_yaml(), encoding="utf-8")
-            partial.replace(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise OutputError(f'output "{path}" cannot be written: {error.strerror}.') from error
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, empty entries left out."""

@@ -199,11 +199,24 @@ def test_prompts_that_were_cut_are_one_note(run, tokenizer):
     assert re.search(r"exceeds model's maximum length \(24\).* \(\d+ more like this\)$", note)
 
 
+def test_a_check_of_lm_evals_that_has_nothing_to_do_with_lengths_is_not_blamed_on_them(model, tokenizer, monkeypatch):
+    lm_eval = pytest.importorskip("lm_eval")
+
+    def refuse(**given):
+        assert given["limit"] > 1, "two documents at least"
+
+    monkeypatch.setattr(lm_eval, "evaluate", refuse)
+    words = r"lm-eval refuses \(two documents at least; test_harness\.py, line \d+: assert .*\)"
+    with pytest.raises(ConfigError, match=words) as found:
+        harness(model, tokenizer, [QUESTIONS], limit=1)
+    assert "length" not in str(found.value)
+
+
 def test_bad_requests(model, tokenizer):
     pytest.importorskip("lm_eval")
     with pytest.raises(ConfigError, match="limit=0"):
         harness(model, tokenizer, [QUESTIONS], limit=0)
-    with pytest.raises(ConfigError, match="length=1 an answer may not fit"):
+    with pytest.raises(ConfigError, match="length=1 an answer does not fit"):
         harness(model, tokenizer, [QUESTIONS], limit=1, length=1)
     with pytest.raises(ModelError, match="no language model of transformers"):
         harness(nn.Linear(2, 2), tokenizer, [QUESTIONS])

@@ -64,7 +64,7 @@ def test_the_blocks_of_llama_7b():
 @given(
     st.lists(st.tuples(st.floats(1.1, 20), st.integers(1, 5000)), min_size=1, max_size=12),
     st.floats(0, 0.99),
-    st.floats(0, 1),
+    st.floats(0, 1, exclude_max=True),
 )
 @settings(max_examples=150, deadline=None)
 def test_order_budget_and_bounds_hold_for_all(blocks, sparsity, spread):
@@ -173,6 +173,15 @@ def test_equal_blocks_are_uniform_and_say_so():
     assert {round(entry.prune.sparsity, 2) for entry in plan.layers.values()} == {0.7}
 
 
+def test_tables_alone_have_windows_of_their_shortest_side():
+    model = torch.nn.Module()
+    model.scale = torch.nn.Parameter(torch.randn(12, 16, generator=torch.Generator().manual_seed(0)))
+    structure = structure_of(model, include=["*"])
+    assert [layer.kind for layer in structure] == ["table"]
+    plan = FARMS(window=0, per="layer", fit="mid").plan(model, structure=structure)
+    assert dict(plan.scores) == alpha_hill(model, structure, Look(Windows(12), "mid"))
+
+
 def test_windows_that_do_not_fit_are_noted():
     plan = FARMS(window=30, aspect=2.0, fit="mid").plan(MODELS["llama"]())
     assert any(note.endswith("its whole matrix was used") for note in plan.notes)
@@ -205,8 +214,17 @@ def test_an_infeasible_budget_is_found_before_any_spectrum():
         FARMS(max_sparsity=0.5).plan(model)
 
 
+@pytest.mark.parametrize("method", [FARMS, AlphaPruning])
+@pytest.mark.parametrize("given", [{"min_sparsity": 0.2}, {"max_sparsity": 0.9}])
+def test_bounds_that_the_clamp_would_not_heed_are_refused(method, given):
+    (name,) = given
+    assert getattr(method(**given), name) == given[name]
+    with pytest.raises(ConfigError, match=rf'^{method.__name__}\.{name}=\S+ has no effect with excess="clamp"'):
+        method(excess="clamp", **given)
+
+
 @pytest.mark.parametrize("given", [
-    {"spread": 1.1}, {"spread": -0.1}, {"fit": "median"}, {"per": "model"}, {"excess": "drop"}, {"max_sparsity": 1.1},
+    {"spread": 1.0}, {"spread": 1.1}, {"spread": -0.1}, {"fit": "median"}, {"per": "model"}, {"excess": "drop"}, {"max_sparsity": 1.1},
     {"window": -1}, {"aspect": 0.0}, {"windows": 0}, {"sample": 16}, {"sample": -1},
 ])  # fmt: skip
 def test_settings_out_of_range_are_refused(given):

@@ -128,6 +128,37 @@ def test_only_blocks_from_the_moved_one_on_run_and_a_linear_tail_ends_there():
             assert ran == ["model.layers.0.mlp", "model.layers.1.mlp", "lm_head"]
 
 
+class Drawing(nn.Module):
+    """Noise inside the blocks, between them and in front of the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), Noise()) for _ in range(3)])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x) + torch.rand_like(x)
+        return {"loss": (x + torch.rand_like(x)).square().sum()}
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + torch.rand_like(x)
+
+
+@pytest.mark.parametrize("tail", ["linear", "exact"])
+def test_a_model_that_draws_draws_the_same_in_every_pass(tail):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Drawing()
+        state = torch.get_rng_state()
+        with Replays(model, ["blocks.0", "blocks.1", "blocks.2"], tail=tail) as replays:
+            recording = replays.record({"x": torch.ones(2, 4)})
+            for block in ("blocks.2", "blocks.0", "blocks.1", None):
+                assert replays.loss_from(recording, block) == recording.loss
+        assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_both_towers_of_clip_reach_the_loss_and_one_of_llava():
     for name, exits in (("clip", ["text_model.encoder.layers.1", "vision_model.encoder.layers.1"]),
                         ("llava", ["model.language_model.layers.1"]), ("t5", ["decoder.block.1"])):  # fmt: skip

@@ -135,6 +135,20 @@ def test_moments_of_a_dense_phase_are_cleaned():
             assert state["exp_avg_sq"][mask].all()
 
 
+def test_a_weight_that_was_frozen_when_the_masks_were_made_is_masked_once_it_is_trained():
+    model = nn.Linear(2, 2, bias=False).requires_grad_(False)
+    keep = {"weight": torch.tensor([[True, False], [False, True]])}
+    with hold(model, keep):
+        assert not model.weight.requires_grad  # frozen it stays
+        model.requires_grad_()
+        optimizer = AdamW(model.parameters(), 1e-2)
+        model(torch.ones(1, 2)).sum().backward()
+        assert model.weight.grad.tolist() == [[1, 0], [0, 1]]
+        optimizer.step()
+        assert optimizer.state[model.weight]["exp_avg"].count_nonzero() == 2
+    assert not model.weight._backward_hooks
+
+
 def test_twenty_steps_of_sgd_keep_exact_zeros_and_the_count():
     """A sparse network from scratch, as the paper trains it."""
     with torch.random.fork_rng(devices=[]):
@@ -293,8 +307,12 @@ def test_bad_masks_are_refused_before_anything_is_done():
             ShapeError, match=r'mask of "weight" is torch\.\w+ .*; the weight takes torch.bool \(2, 3\)'
         ):
             Masks(model, {"weight": bad})
-    with pytest.raises(ConfigError, match=r'two masks are given for "0\.weight"'):
-        Masks(nn.Sequential(model), {"0": torch.ones(2, 3).bool(), "0.weight": torch.ones(2, 3).bool()})
+    for two in ({"0": torch.ones(2, 3).bool(), "0.weight": torch.ones(2, 3).bool()},
+                {"0": torch.ones(2, 3).bool(), "1": torch.zeros(2, 3).bool()}):  # fmt: skip
+        first, second = two
+        words = rf'two masks are given for one weight, as "{first}" and as "{second}"'
+        with pytest.raises(ConfigError, match=words):
+            Masks(nn.Sequential(model, model), two)  # "0.weight" and "1.weight" are one parameter
     with pytest.raises(ConfigError, match="no masks to hold"):
         Masks(model, {})
     assert torch.equal(model.weight, before)

@@ -1,6 +1,9 @@
+import errno
 import json
 import math
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from farms_oracle import window_eigenvalues
 from layerwise.errors import ScoreError
 from layerwise.io import load, load_streamed
 from layerwise.scores import SCORES, alpha_hill, alphas_kept, fit_tail, layer_tails, spectrum, watched
+from layerwise.scores.alpha_cache import fingerprint_of
 from layerwise.scores.alpha_hill import Look, layer_spectra, layer_tail
 from layerwise.scores.spectra import Windows
 from layerwise.structure import as_matrices, parameter_of, structure_of
@@ -214,7 +218,31 @@ def test_damage_is_computed_again_and_a_folder_that_cannot_be_written_is_said(tm
     (tmp_path / "file").write_text("")
     tails = list(layer_tails(model, structure, cache=tmp_path / "file"))
     assert {tail.name: tail.alpha for tail in tails} == want
-    assert all("could not be kept" in tail.note for tail in tails)
+    assert "alphas could not be kept in " in tails[0].note
+    assert not any(tail.note for tail in tails[1:])  # once is enough
+
+
+def test_a_disk_that_fills_up_is_left_without_half_a_file(tmp_path, monkeypatch):
+    def full(file, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    model = MODELS["llama"]()
+    tails = list(layer_tails(model, structure_of(model), cache=tmp_path))
+    assert tails[0].note.endswith("No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_torch_or_device_computes_anew(monkeypatch):
+    class Elsewhere(torch.Tensor):
+        device = SimpleNamespace(type="cuda")
+
+    weight = torch.ones(2, 2)
+    first = fingerprint_of(weight, {"look": "x"})
+    assert fingerprint_of(weight.clone(), {"look": "x"}) == first
+    assert fingerprint_of(weight.as_subclass(Elsewhere), {"look": "x"}) != first
+    monkeypatch.setattr(torch, "__version__", "1.0")
+    assert fingerprint_of(weight, {"look": "x"}) != first
 
 
 def test_bfloat16_weights_are_read_as_they_are(tmp_path):

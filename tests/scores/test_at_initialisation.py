@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from layerwise.errors import DataError, ModelError, ScoreError
+from layerwise.errors import DataError, ModelError, ScoreError, WalkError
 from layerwise.scores import (
     SCORES,
     connection_sensitivity,
@@ -24,7 +24,7 @@ from layerwise.scores.snip import xavier_normal
 from layerwise.structure import structure_of
 from layerwise.tasks.batches import Batches, call
 from layerwise.tasks.losses import loss_of
-from models import IMAGES, MODELS, inputs_for
+from models import IMAGES, MODELS, draws, inputs_for
 
 X = torch.tensor([[1.0, 2.0]])
 WALKS = {"snip": snip_scores, "grasp": grasp_scores, "synflow": synflow_scores}
@@ -96,12 +96,15 @@ def test_the_temperature_divides_the_logits():
     assert all(torch.allclose(cool[name], expected[name], rtol=1e-4, atol=1e-8) for name in cool)
 
 
-def test_a_temperature_without_logits_to_divide_is_an_error():
-    """CLIP gives similarities; other outputs may hold their logits anywhere."""
-    model = MODELS["clip"]()
-    data, structure = Batches((inputs_for("clip", model),), {}), structure_of(model)
+@pytest.mark.parametrize("name", ["clip", "bert"])
+def test_a_temperature_that_would_not_reach_the_loss_is_an_error(name):
+    """CLIP gives similarities; BERT has logits, but computes its loss itself, before they could be divided."""
+    model = MODELS[name]()
+    batch, structure = inputs_for(name, model), structure_of(model)
+    data = Batches((batch if name == "clip" else batch | {"labels": batch["input_ids"]},), {})
     assert snip_scores(model, data, structure)
-    with pytest.raises(ModelError, match="CLIPModel gives no logits that a temperature of 200 could divide"):
+    words = f"the loss of {type(model).__name__} is not taken from logits that a temperature of 200 could divide"
+    with pytest.raises(ModelError, match=words):
         grasp_scores(model, data, structure)
     assert grasp_scores(model, data, structure, temperature=1.0)
 
@@ -141,6 +144,7 @@ def test_flow_is_conserved_in_a_network_with_batch_norms():
 @pytest.mark.parametrize("name", ["cifar_resnet", "vit", "llama"])
 def test_the_model_is_left_as_it_was(walk, name):
     model = MODELS[name]().train()
+    model.register_forward_hook(draws)
     model.get_submodule(structure_of(model).layers[0].name).weight.requires_grad_(False)
     next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
     before = copy.deepcopy(model.state_dict())
@@ -256,6 +260,15 @@ def test_what_has_no_loss_is_told_so():
     flux = MODELS["flux"]()
     with pytest.raises(ModelError, match="FluxTransformer2DModel has no loss that is known"):
         grasp_scores(flux, Batches((inputs_for("flux", flux),), {}), structure_of(flux))
+
+
+@walks
+def test_what_the_model_cannot_run_on_is_one_line_with_the_batch(walk):
+    model = MODELS["llama"]()
+    broken = {"input_ids": torch.full((2, 4), 10_000)}
+    before = [] if walk is synflow_scores else [inputs_for("llama", model)]  # it looks at the first batch alone
+    with pytest.raises(WalkError, match=rf"^the model cannot run on batch {len(before)}: IndexError: [^\n]+$"):
+        walk(model, Batches((*before, broken), {}), structure_of(model))
 
 
 def test_a_loss_that_is_not_finite_or_knows_no_layer_is_an_error():

@@ -9,7 +9,7 @@ from layerwise.scores import SCORES, first_order_gradient, gradient_mass
 from layerwise.structure import groups_of, parameter_of, structure_of
 from layerwise.tasks import loss_of
 from layerwise.tasks.batches import Batches
-from models import IMAGES, MODELS, inputs_for
+from models import IMAGES, MODELS, draws, inputs_for
 
 
 def batches_for(name, model, count=2):
@@ -92,6 +92,7 @@ def test_the_norm_is_that_of_autograd_on_every_kind_of_model(name):
 def test_the_model_is_what_it_was_and_its_own_gradients_stay(dtype):
     model = MODELS["llama"]().to(dtype).train()
     model.model.layers[1].eval()
+    model.register_forward_hook(draws)
     parameters = list(model.parameters())
     for index, parameter in enumerate(parameters):
         parameter.requires_grad_(index % 2 == 0)

@@ -13,7 +13,7 @@ from layerwise.scores.zeroth_order import moved
 from layerwise.structure import structure_of
 from layerwise.tasks import loss_of
 from layerwise.tasks.batches import Batches
-from models import IMAGES, MODELS, inputs_for
+from models import IMAGES, MODELS, draws, inputs_for
 
 W, Z = torch.tensor([[1.0, 2], [-1, 0.5]]), torch.tensor([[1.0, -1], [2, 0.5]])
 
@@ -87,6 +87,7 @@ def test_a_step_in_bfloat16_stands_out_of_the_rounding_of_activations():
 def test_the_model_is_bit_for_bit_what_it_was(dtype):
     model = MODELS["llama"]().to(dtype).train()
     model.model.layers[1].eval()
+    model.register_forward_hook(draws)
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(index % 2 == 0)
     wanted = [parameter.requires_grad for parameter in model.parameters()]
@@ -101,6 +102,33 @@ def test_the_model_is_bit_for_bit_what_it_was(dtype):
     assert all(parameter.grad is None for parameter in model.parameters())
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Noisy(nn.Module):
+    """Two blocks whose own code adds noise, in evaluation mode too; the loss is linear in it, so no gradient knows of it."""
+
+    def __init__(self, noise):
+        super().__init__()
+        self.noise = noise
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(2)])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x) + self.noise * torch.randn_like(x)
+        return {"loss": x.sum()}
+
+
+@pytest.mark.parametrize("tail", ["linear", "exact"])
+def test_both_sides_of_a_slope_see_the_same_noise(tail):
+    data = Batches(({"x": torch.linspace(-1, 1, 12).view(3, 4)},), {})
+    quiet, noisy = Noisy(0.0), Noisy(10.0)
+    structure = structure_of(quiet, include=["*"])
+    expected = zeroth_order_gradient(quiet, data, structure, tail="exact", draws=4)
+    # the second block's own gradient is its input's sum, which has the noise of the first
+    got = zeroth_order_gradient(noisy, data, structure, tail=tail, draws=4)
+    assert got["blocks.0.0"] == pytest.approx(expected["blocks.0.0"], rel=1e-2)
 
 
 def test_weights_come_back_when_a_pass_fails():

@@ -95,7 +95,7 @@ def with_facts(plan: "Plan", choice: ModelChoice, structure: "Structure", solver
 def alphas_folder() -> Path | None:
     """Where exponents of weights are kept from one command to the next: LAYERWISE_CACHE/alphas, or a folder of the user's cache.
 
-    None if LAYERWISE_CACHE is "off". They depend on the weights' bytes alone, so nothing here can be out of date.
+    None if LAYERWISE_CACHE is "off". Their names say what they depend on: weights that changed, another torch or device are computed anew.
     """
     chosen = os.environ.get("LAYERWISE_CACHE", "")
     if chosen.lower() == "off":

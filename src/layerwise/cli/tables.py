@@ -1,12 +1,12 @@
 """Tables of compared methods: on the screen, as Markdown, as one HTML page."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from ..files import output_file
 from .screen import table
 
 if TYPE_CHECKING:
@@ -64,7 +64,6 @@ def write_report(
     structure: "Structure",
 ) -> None:
     """One page, .md or .html by its name; whole or not at all. Raises OutputError."""
-    from ..errors import OutputError
     from ..evaluate.compare import best
 
     lines = [_dense(dense), *(cells_of(row) for row in made)]
@@ -82,13 +81,8 @@ def write_report(
         grid = [f"| {' | '.join(line)} |" for line in [COLUMNS, *lines]]
         facts = [f"- {key}: {value}" for key, value in protocol.items()]
         text = "\n".join([f"# {title}", "", grid[0], f"|{rule}|", *grid[1:], "", *outcome, "", *facts]) + "\n"
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+    with output_file(output) as partial:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(output)
-    except OSError as error:
-        raise OutputError(f'output "{output}" cannot be written: {error.strerror}.') from error
 
 
 def _dense(perplexity: float) -> list[str]:

@@ -7,7 +7,6 @@ there while a run is at work: a second one with the same folder is refused.
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import ConfigError, OutputError, SaveError
+from ..files import into_place, whole_file
 from .events import LayerSolved
 from .lock import FileLock
 
@@ -102,7 +102,7 @@ class Work(AbstractContextManager["Work"]):
         partial = self.path(block).with_suffix(".partial")
         try:
             save_file(whole, partial, metadata={"format": "pt"})
-            _to_disk(partial, self.path(block))
+            into_place(partial, self.path(block))
         except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
             partial.unlink(missing_ok=True)
             raise SaveError(f"{self.path(block)}: cannot write: {error}.") from error
@@ -127,17 +127,8 @@ class Work(AbstractContextManager["Work"]):
 
 def write_whole(path: Path, content: bytes) -> None:
     """The file has all of `content` or is not there, also after a power cut. Raises SaveError (disk full, no permission)."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_bytes(content)
-        _to_disk(partial, path)
+        with whole_file(path) as partial:
+            partial.write_bytes(content)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise SaveError(f"{path}: cannot write {len(content)} bytes: {error.strerror}.") from error
-
-
-def _to_disk(partial: Path, path: Path) -> None:
-    """Only a file whose bytes are on the disk gets its name."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)

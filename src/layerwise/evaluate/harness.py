@@ -8,9 +8,11 @@ itself does so in the model's, and a sum of -1424 in bfloat16 is a multiple of 8
 
 import copy
 import random
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -152,11 +154,19 @@ def _run(
             output = lm_eval.evaluate(
                 lm=wrapped, task_dict=tasks.loaded, limit=limit, bootstrap_iters=0, log_samples=True
             )
-        except AssertionError as error:  # its own checks: the one on lengths has no words
-            raise ConfigError(
-                f"lm-eval refuses ({reason_of(error)}): with length={length} an answer may not fit into a window. Give a larger length."
-            ) from error
+        except AssertionError as error:
+            raise _refused(error, length) from error
     return output, notes
+
+
+def _refused(error: AssertionError, length: int) -> ConfigError:
+    """A check of lm-eval's as one line. Those on lengths have no words, or words about a model's longest sequence."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    check = last.line or ""
+    if "max_length" in check or "max_ctx_len" in check:
+        return ConfigError(f"lm-eval refuses: with length={length} an answer does not fit. Give a larger length.")
+    where = f"{Path(last.filename).name}, line {last.lineno}"
+    return ConfigError(f"lm-eval refuses ({reason_of(error)}; {where}: {check}). Check the task's definition.")
 
 
 def _seed(tasks: Tasks) -> None:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..errors import ConfigError, DataError, MissingExtra
+from ..tasks.undisturbed import go_back_to, random_streams
 
 TaskLike = str | Path | Mapping[str, Any]
 
@@ -94,17 +94,13 @@ def require_lm_eval() -> None:
 @contextmanager
 def random_states() -> Iterator[None]:
     """The harness seeds Python, numpy and torch, data sets draw from them: afterwards all are what they were."""
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = torch.cuda.get_rng_state_all() if cuda else []
+    python, numpy, streams = random.getstate(), np.random.get_state(), random_streams()
     try:
         yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(devices)
+        go_back_to(streams)
 
 
 @contextmanager

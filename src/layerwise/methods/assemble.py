@@ -9,7 +9,7 @@ from torch import nn
 from ..allocate import Bound, exact_counts, sparsities_of
 from ..errors import ModelError, SelectionError
 from ..plan import Budget, ModelFacts, Plan, Prune
-from ..structure import Layer, Structure, structure_of
+from ..structure import Layer, Structure, in_order, structure_of
 from .base import Method
 
 
@@ -77,12 +77,6 @@ def sizes_of(structure: Structure) -> dict[str, int]:
 def shape_of(layer: Layer) -> tuple[int, ...]:
     """(out, in, kernel...) of one of the layer's matrices; of a convolution (out, in/groups, kernel...) as it is stored."""
     return layer.shape if layer.kind == "conv" else (layer.rows, layer.columns)
-
-
-def in_order(model: nn.Module, structure: Structure) -> list[Layer]:
-    """Its layers in the order of the model, those outside blocks at their place: the best that is known of the order they run in."""
-    position = {name: index for index, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
-    return sorted(structure.layers, key=lambda layer: position[layer.parameter])
 
 
 def last_of(model: nn.Module, structure: Structure) -> Layer:

@@ -10,7 +10,10 @@ bfloat16 swallows a part): `reference` brings 1e-3 back. D3 whole weights meet t
 0 take what full ones leave (its loop does not end), and scores that are all equal or 0 give the uniform plan, with a note (0 / 0 in the
 code). D5 every tower of the structure takes part, a Q-Former too: exclude it to follow the paper. D6 the loss behind the last block is
 linear (`tail`, see `passes.Replays`). D7 the score is the mean over batches, an estimate of the gradient's norm, where the code sums: a
-common factor.
+common factor. D8 `draws` multiplies the passes: every batch is scored so many times (the code counts each repeat as samples used up, so
+that more directions mean fewer batches). D9 stage 2 is the solver's own business: one setting for all towers (with its Wanda the code
+compares the scores of EVA's and BLIP's vision towers over a whole matrix, and those of language and of CLIP row by row; here `compare` of
+the solver serves both).
 """
 
 from collections.abc import Mapping

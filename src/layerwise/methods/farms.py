@@ -54,6 +54,7 @@ class FARMS:
     def plan(self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None) -> Plan:
         """See `Method.plan`; data is not looked at. Raises ScoreError naming a layer whose weight is not finite."""
         structure = found(model, structure)
-        rows = self.window or min(min(layer.rows, layer.columns) for layer in structure if layer.kind != "table")
+        matrices = [layer for layer in structure if layer.kind != "table"] or list(structure)
+        rows = self.window or min(min(layer.rows, layer.columns) for layer in matrices)
         look = Look(Windows(rows, self.aspect, self.windows, self.sample), self.fit)
         return plan_by_tails(self, model, structure, look)

@@ -13,7 +13,7 @@ from ..allocate import check_feasible, linear_factors, water_fill
 from ..errors import ConfigError, ModelError
 from ..plan import Plan
 from ..scores import FITS, Fit, LayerTail, Look, layer_tails
-from ..structure import Structure
+from ..structure import Structure, groups_of
 from .assemble import found, plan_of, sizes_of
 from .base import Method, check_sparsities
 
@@ -44,8 +44,10 @@ def check_settings(method: ByAlpha) -> None:
     """Raise ConfigError for a setting out of its range."""
     owner = type(method).__name__
     check_sparsities(owner, method.sparsity, method.min_sparsity, method.max_sparsity)
-    if not 0 <= method.spread <= 1:
-        raise ConfigError(f"{owner}.spread={method.spread:g}: sparsities are the target times 1 ± spread, 0 to 1.")
+    if not 0 <= method.spread < 1:  # at 1 the factor of the smallest alpha is 0, which no scale brings to a budget
+        raise ConfigError(
+            f"{owner}.spread={method.spread:g}: sparsities are the target times 1 ± spread: give 0 <= spread < 1."
+        )
     words: dict[str, tuple[str, Sequence[str]]] = {
         "fit": (method.fit, FITS),
         "per": (method.per, ("block", "layer")),
@@ -54,6 +56,17 @@ def check_settings(method: ByAlpha) -> None:
     for name, (word, known) in words.items():
         if word not in known:
             raise ConfigError(f'{owner}.{name}="{word}": give {", ".join(known[:-1])} or {known[-1]}.')
+    _check_clamp(method)
+
+
+def _check_clamp(method: ByAlpha) -> None:
+    """The clamp has caps of its own, so bounds of one's own would go unheeded."""
+    bounds = [name for name in ("min_sparsity", "max_sparsity") if getattr(method, name) != getattr(type(method), name)]
+    if method.excess == "clamp" and bounds:
+        raise ConfigError(
+            f'{type(method).__name__}.{bounds[0]}={getattr(method, bounds[0]):g} has no effect with excess="clamp", which has caps of its'
+            ' own. Leave it out, or use excess="fill".'
+        )
 
 
 def plan_by_tails(method: ByAlpha, model: nn.Module, structure: Structure | None, look: Look) -> Plan:
@@ -121,9 +134,7 @@ def group_sparsities(
 
 def _groups(method: ByAlpha, model: nn.Module, structure: Structure) -> dict[str, list[str]]:
     """What gets a sparsity of its own -> its layers."""
-    if method.per == "layer":
-        return {layer.name: [layer.name] for layer in structure}
-    groups = {block.name: [layer.name for layer in block.layers] for block in structure.blocks if block.layers}
+    groups = {name: [layer.name for layer in layers] for name, layers in groups_of(structure, method.per).items()}
     if not groups:
         raise ModelError(
             f"{type(method).__name__} shares sparsity out over blocks, and {type(model).__name__} has none with layers up for"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..plan import Plan
-from ..scores import synflow_scores
+from ..scores import synflow_scores, tell
 from ..structure import Structure
 from ..tasks.batches import Batches
 from .assemble import found
@@ -67,6 +67,7 @@ class SynFlow:
         """The mask after all rounds; scores: of the whole network."""
         low, high, keep = self.min_sparsity, self.max_sparsity, dict[str, Tensor]()
         for number in range(1, self.rounds + 1):
+            tell(number - 1, self.rounds, f"round {number}")
             if keep:  # what went is below every score, also where what is left carries nothing: gone is gone
                 scores = synflow_scores(model, needed("SynFlow", data), structure, keep=keep)
                 scores = {name: score.masked_fill(~keep[name], -1.0) for name, score in scores.items()}
@@ -74,4 +75,5 @@ class SynFlow:
             sparsity = self.sparsity if last else 1 - (1 - self.sparsity) ** (number / self.rounds)
             # before the last round so much need not have gone yet from every layer
             keep = keep_highest(scores, sparsity, low if last else 0.0, high, owner="SynFlow's score")
+        tell(self.rounds, self.rounds)
         return keep

@@ -13,9 +13,9 @@ from torch import nn
 from ..allocate import uniform_plus
 from ..errors import ConfigError
 from ..plan import Plan
-from ..structure import Structure
+from ..structure import Structure, in_order
 from ..tasks.batches import Batches
-from .assemble import found, in_order, last_of, named, plan_of, sizes_of
+from .assemble import found, last_of, named, plan_of, sizes_of
 from .base import check_sparsities
 
 

@@ -4,7 +4,7 @@ from .collect import Collector, SharedInput
 from .dense import collect_dense
 from .paused import Enough, Forward, Pass, PausedPasses
 from .replay import Recording, Replays, Tail
-from .residency import Store, at_hand, store_of, weight_at_hand
+from .residency import Store, at_hand, check_whole, store_of, weight_at_hand
 from .spill import spilling
 from .statistics import Accumulator, InputStatistics, Need
 from .waiting import Waiting, waiting_of
@@ -25,6 +25,7 @@ __all__ = [
     "Tail",
     "Waiting",
     "at_hand",
+    "check_whole",
     "collect_dense",
     "spilling",
     "store_of",

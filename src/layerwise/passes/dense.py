@@ -6,13 +6,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..errors import WalkError
 from ..structure import Block, Layer, Structure
 from ..tasks.batches import Batches, call
 from .collect import Collector
 from .paused import Forward, PausedPasses
 from .residency import at_hand
 from .statistics import InputStatistics, Need
+from .wrapping import not_reached
 
 
 def collect_dense(
@@ -57,9 +57,7 @@ def collect_dense(
                 one.go_on(output)
             del outputs
     if missed := wanted & {block.name for block in structure.blocks}:
-        raise WalkError(
-            f'no calibration batch reaches block "{min(missed)}"; exclude its layers or give data that does.'
-        )
+        raise not_reached(min(missed))
 
 
 def _multiplies(layer: Layer) -> bool:

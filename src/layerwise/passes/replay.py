@@ -10,7 +10,7 @@ worth, to the same order as a central difference, and passes end at the last blo
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -23,9 +23,10 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from ..errors import ConfigError, LayerwiseError, WalkError
 from ..tasks.batches import Batch
 from ..tasks.losses import Loss, loss_of
+from ..tasks.undisturbed import Streams, go_back_to, left_alone, random_streams
 from .paused import Enough
 from .statistics import widest
-from .wrapping import Undo, cannot_run, replace_forward, set_eval
+from .wrapping import Undo, cannot_run, replace_forward
 
 Tail = Literal["linear", "exact"]
 TAILS: tuple[Tail, ...] = get_args(Tail)
@@ -36,6 +37,7 @@ class Recording:
     """One pass of the untouched model: its loss, and what every block gave, in the order in which they ran.
 
     slopes: block -> (which tensor of its output, gradient of the loss) for what reaches the loss past all other blocks.
+    start, ends: where torch's random streams stood before the pass and behind each block: a model that draws draws the same again.
     """
 
     index: int  # of the batch
@@ -43,6 +45,8 @@ class Recording:
     loss: float = float("nan")
     outputs: dict[str, Any] = field(default_factory=dict)
     slopes: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
+    start: Streams = field(default_factory=random_streams)
+    ends: dict[str, Streams] = field(default_factory=dict)
 
     @property
     def order(self) -> list[str]:
@@ -53,41 +57,39 @@ class Recording:
 class Replays(AbstractContextManager["Replays"]):
     """Passes of `model` that start at any of `blocks` (module names, each called at most once a pass).
 
-    loss: of one batch, a float32 scalar. The model is in eval mode meanwhile, and as it was on leaving. Memory: what all blocks give for
-    one batch; with tail="linear", while recording, also the gradient of the logits.
+    loss: of one batch, a float32 scalar. The model is in eval mode meanwhile, and as it was on leaving, like torch's random streams.
+    Memory: what all blocks give for one batch; with tail="linear", while recording, also the gradient of the logits.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[str], loss: Loss = loss_of, tail: Tail = "linear") -> None:
         if tail not in TAILS:
             raise ConfigError(f'tail="{tail}": give {" or ".join(TAILS)}.')
         self.model, self.blocks, self.loss, self.tail = model, blocks, loss, tail
-        self._undo: list[Undo] = []
+        self._stack = ExitStack()
         self._step: Callable[[str, Callable[[], Any]], Any] | None = None  # what a call of a block comes to
         self._visited: set[str] = set()
         self._inside: str | None = None
 
     def __enter__(self) -> "Replays":
-        self._undo.append(set_eval(self.model))
+        self._stack.enter_context(left_alone([self.model]))
         for name in self.blocks:
-            self._undo.append(self._wrap(name, self.model.get_submodule(name)))
+            self._stack.callback(self._wrap(name, self.model.get_submodule(name)))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for undo in reversed(self._undo):
-            undo()
-        self._undo = []
+        self._stack.close()
 
     def record(self, batch: Batch, index: int = 0) -> Recording:
         """One pass of the model as it is. Raises what `loss` raises, WalkError if the model cannot run on the batch."""
         recording = Recording(index, batch)
         if self.tail == "exact":
-            loss = self._run(recording, partial(self._keep, recording.outputs))
+            loss = self._run(recording, partial(self._keep, recording))
             recording.loss = float(loss)
             return recording
         leaves: list[tuple[str, int, Tensor]] = []
-        loss = self._run(recording, partial(self._cut, recording.outputs, leaves), grad=True)
+        loss = self._run(recording, partial(self._cut, recording, leaves), grad=True)
         recording.loss = float(loss.detach())
         slopes: Sequence[Tensor | None] = ()
         if leaves and loss.requires_grad:
@@ -121,6 +123,7 @@ class Replays(AbstractContextManager["Replays"]):
 
     def _run(self, recording: Recording, step: Callable[[str, Callable[[], Any]], Any], grad: bool = False) -> Tensor:
         self._step, self._visited, self._inside = step, set(), None
+        go_back_to(recording.start)
         try:
             with torch.set_grad_enabled(grad):
                 return self.loss(self.model, recording.batch)
@@ -151,18 +154,20 @@ class Replays(AbstractContextManager["Replays"]):
 
     # What a block's call comes to: `compute` runs it. Copies are kept and handed out, since a later block may write into them.
 
-    def _keep(self, outputs: dict[str, Any], name: str, compute: Callable[[], Any]) -> Any:
+    def _keep(self, recording: Recording, name: str, compute: Callable[[], Any]) -> Any:
         output = compute()
-        outputs[name] = tree_map_only(Tensor, Tensor.clone, output)
+        recording.ends[name] = random_streams()
+        recording.outputs[name] = tree_map_only(Tensor, Tensor.clone, output)
         return output
 
     def _cut(
-        self, outputs: dict[str, Any], leaves: list[tuple[str, int, Tensor]], name: str, compute: Callable[[], Any]
+        self, recording: Recording, leaves: list[tuple[str, int, Tensor]], name: str, compute: Callable[[], Any]
     ) -> Any:
         """Blocks run without gradients, and what they give is a leaf: gradients reach it only past all other blocks."""
         with torch.no_grad():
             kept = tree_map_only(Tensor, Tensor.clone, compute())
-        outputs[name] = kept
+        recording.ends[name] = random_streams()
+        recording.outputs[name] = kept
         for place, tensor in enumerate(tree_flatten(kept)[0]):
             if isinstance(tensor, Tensor) and tensor.is_floating_point():
                 leaves.append((name, place, tensor.requires_grad_()))
@@ -170,6 +175,7 @@ class Replays(AbstractContextManager["Replays"]):
 
     def _reuse(self, recording: Recording, before: set[str], name: str, compute: Callable[[], Any]) -> Any:
         if name in before:
+            go_back_to(recording.ends[name])
             return tree_map_only(Tensor, Tensor.clone, recording.outputs[name])
         return compute()
 

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..errors import ModelError
+
 
 class Store(Protocol):
     """Holds the weights of blocks that are not in memory. `fingerprint` tells one set of weights from another."""
@@ -39,6 +41,12 @@ def store_of(model: nn.Module) -> Store | None:
     """The store of a streamed model; None for a model that is in memory."""
     store: Store | None = getattr(model, "layerwise_store", None)
     return store
+
+
+def check_whole(model: nn.Module, who: str) -> None:
+    """Raise ModelError for a model whose weights are streamed, where `who` needs all of them at once."""
+    if store_of(model) is not None or any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError(f"{who} needs the whole model in memory: load it whole, without streaming.")
 
 
 def weight_at_hand(model: nn.Module, parameter: str) -> Tensor:

@@ -36,6 +36,11 @@ def replace_forward(module: nn.Module, new: Callable[..., Any]) -> Undo:
     return undo
 
 
+def not_reached(block: str) -> WalkError:
+    """For a block that has layers and never ran."""
+    return WalkError(f'no calibration batch reaches block "{block}"; exclude its layers or give data that does.')
+
+
 def cannot_run(error: Exception, batch: int, block: str | None) -> WalkError:
     """An error of the model's own code as one line with the batch, and the block if it was in one."""
     where = f' in "{block}"' if block else ""

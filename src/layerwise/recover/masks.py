@@ -28,7 +28,8 @@ class Masks:
 
     keep: names of parameters, or of the modules whose `weight` they are, to bool tensors of the parameter's shape, True = kept.
     The masks are copied, a byte for each weight, and follow the parameters to their device.
-    Raises ConfigError for a name the model does not have or that is given twice, ShapeError for a mask that does not fit.
+    Raises ConfigError for a name the model does not have, or a weight that is given twice, also under the two names of a tied one;
+    ShapeError for a mask that does not fit.
     """
 
     def __init__(self, model: nn.Module, keep: Mapping[str, Tensor]) -> None:
@@ -36,19 +37,19 @@ class Masks:
             raise ConfigError("there are no masks to hold: give at least one.")
         self._parameters: dict[str, nn.Parameter] = {}
         self._keep: dict[str, Tensor] = {}
+        names: dict[int, str] = {}  # of each parameter, which has several where it is tied
         for given, mask in keep.items():
             name, parameter = _parameter(model, given)
             _check(name, mask, parameter)
-            if name in self._keep:
-                raise ConfigError(f'two masks are given for "{name}": give one.')
+            if (known := names.setdefault(id(parameter), given)) != given:
+                raise ConfigError(f'two masks are given for one weight, as "{known}" and as "{given}": give one.')
             self._parameters[name] = parameter
             self._keep[name] = mask.clone(memory_format=torch.contiguous_format)
         self._handles: list[RemovableHandle] = []
         self._watched: list[Optimizer] = []
         for name, parameter in self._parameters.items():
-            if parameter.requires_grad:
-                handle: RemovableHandle = parameter.register_hook(self._hook(name))  # type: ignore[no-untyped-call]
-                self._handles.append(handle)
+            if parameter.is_floating_point():  # others never have gradients
+                self._handles.append(_hooked(parameter, self._hook(name)))
         self.apply()
 
     def watch(self, optimizer: Optimizer) -> None:
@@ -169,6 +170,17 @@ def masks_of(source: nn.Module | str | Path, names: Sequence[str] | None = None)
             raise DataError(f"{type(source).__name__} has no zeros in any matrix: prune it first, or name the weights.")
         return masks
     return {name: parameter.detach() != 0 for name, parameter in (_parameter(source, name) for name in names)}
+
+
+def _hooked(parameter: nn.Parameter, hook: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """The hook on its gradient. A frozen parameter gets it too: it stays while the parameter is frozen, and may be trained later."""
+    trained = parameter.requires_grad
+    parameter.requires_grad_()
+    try:
+        handle: RemovableHandle = parameter.register_hook(hook)  # type: ignore[no-untyped-call]
+    finally:
+        parameter.requires_grad_(trained)
+    return handle
 
 
 def _parameter(model: nn.Module, given: str) -> tuple[str, nn.Parameter]:

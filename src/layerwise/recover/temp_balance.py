@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import ConfigError, ModelError
 from ..scores import Look, layer_tail
-from ..structure import Layer, module_of, parameter_of, structure_of
+from ..structure import Layer, in_order, module_of, parameter_of, structure_of
 
 Map = Literal["linear", "sqrt", "log2", "rank"]
 WHOLE = Look(
@@ -176,9 +176,8 @@ class TempBalance:
 
 def _tuned(model: nn.Module, ends: bool) -> list[Layer]:
     """The trained linears, convolutions and experts in the order of the model."""
-    place = {name: index for index, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
-    layers = [layer for layer in structure_of(model, include=["*"]) if layer.kind not in ("embedding", "table")]
-    layers.sort(key=lambda layer: place[layer.parameter])
+    every = in_order(model, structure_of(model, include=["*"]))
+    layers = [layer for layer in every if layer.kind not in ("embedding", "table")]
     inner = layers if ends else layers[1:-1]
     found = [layer for layer in inner if _trained(parameter_of(model, layer))]
     if not found:

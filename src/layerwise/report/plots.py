@@ -1,12 +1,12 @@
 """Pictures of plans as PNG files. matplotlib comes with `layerwise[report]` and is imported only here, inside functions."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, MissingExtra, OutputError
+from ..errors import ConfigError, MissingExtra
+from ..files import output_file
 from ..plan import Plan
 from ..structure.parts import Layer
 from .depth import WHOLE_BLOCK, Depth, by_depth
@@ -117,11 +117,6 @@ def new_figure(width: float, height: float) -> Any:
 
 def write_png(figure: Any, path: Path) -> Path:
     """The figure as a file, whole or not at all. Raises OutputError."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with output_file(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f'output "{path}" cannot be written: {error.strerror or error}.') from error
     return path

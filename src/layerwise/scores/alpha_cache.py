@@ -1,13 +1,13 @@
 """Exponents that were computed before, kept in a folder: a spectrum takes seconds to hours, and depends on the weights alone.
 
-One small JSON file per layer, named by a hash of the weight's bytes and of all that its exponent depends on. A weight that changed has
-another name, so nothing has to be thrown away to be right; and a run that was killed goes on after its last layer.
+One small JSON file per layer, named by a hash of the weight's bytes and of all that its exponent depends on, the kind of device and the
+version of torch with it. A weight that changed has another name, so nothing has to be thrown away to be right; and a run that was killed
+goes on after its last layer.
 """
 
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..files import whole_file
 
 _folder: ContextVar[Path | None] = ContextVar("layerwise_alphas", default=None)
 
@@ -36,8 +38,9 @@ def alphas_folder() -> Path | None:
 
 
 def fingerprint_of(weight: Tensor, facts: Mapping[str, Any]) -> str:
-    """64 hexadecimal digits of the weight's bytes, dtype and shape, and of everything else that counts (plain values)."""
+    """64 hexadecimal digits of the weight's bytes, dtype and shape, of what computes, and of everything else that counts (plain values)."""
     told = {**facts, "dtype": str(weight.dtype), "shape": list(weight.shape)}
+    told |= {"device": weight.device.type, "torch": str(torch.__version__)}  # other eigenvalues in the last digits
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -56,11 +59,9 @@ def recall(folder: Path, key: str) -> dict[str, Any] | None:
 
 def keep(folder: Path, key: str, found: Mapping[str, Any]) -> str:
     """Write it, whole or not at all. Returns an empty string, or what went wrong: no reason to lose the result itself."""
-    partial = folder / f".{key}.partial-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(dict(found)), encoding="utf-8")
-        partial.replace(folder / f"{key}.json")
+        with whole_file(folder / f"{key}.json") as partial:
+            partial.write_text(json.dumps(dict(found)), encoding="utf-8")
     except OSError as error:
-        return f"its alpha could not be kept in {folder}: {error.strerror or error}"
+        return f"alphas could not be kept in {folder}: {error.strerror or error}"
     return ""

@@ -7,7 +7,7 @@ no gradients, no forward pass. The kernels are in `spectra.py` and `tail_fit.py`
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -75,7 +75,7 @@ def layer_tails(
     """
     look = look or Look()
     folder = alphas_folder() if cache is None else Path(cache)
-    layers = structure.layers
+    layers, problem = structure.layers, ""
     for done, layer in enumerate(layers):
         tell(done, len(layers), layer.name)
         weight = weight_at_hand(model, layer.parameter)
@@ -85,10 +85,9 @@ def layer_tails(
             yield LayerTail(layer.name, kept["alpha"], kept["note"])
             continue
         tail = layer_tail(weight, layer, look)
-        if folder is not None and (problem := keep(folder, key, {"alpha": tail.alpha, "note": tail.note})):
-            tail = LayerTail(
-                tail.name, tail.alpha, "; ".join(filter(None, (tail.note, problem))), tail.spectra, tail.fits
-            )
+        if folder is not None and not problem:  # one note is enough, and so is one attempt
+            problem = keep(folder, key, {"alpha": tail.alpha, "note": tail.note})
+            tail = replace(tail, note="; ".join(filter(None, (tail.note, problem))))
         yield tail
     tell(len(layers), len(layers))
 

@@ -12,6 +12,7 @@ from ..passes import PausedPasses, at_hand
 from ..passes.rows import real_tokens
 from ..structure import Structure
 from ..tasks.batches import Batch, Batches
+from .watching import tell
 
 
 def mean_turn(before: Tensor, after: Tensor) -> float:
@@ -39,7 +40,8 @@ def block_influence(model: nn.Module, data: Batches, structure: Structure) -> di
     names = [block.name for block in structure.blocks]
     sums: dict[str, list[tuple[int, float]]] = {}
     with PausedPasses(model, names, data) as passes:
-        for name, standing in passes:
+        for done, (name, standing) in enumerate(passes):
+            tell(done, len(names), name)
             outputs = []
             with at_hand(model, name):
                 for one in standing:
@@ -56,6 +58,7 @@ def block_influence(model: nn.Module, data: Batches, structure: Structure) -> di
             for one, output in zip(standing, outputs, strict=True):
                 one.go_on(output)
             del outputs
+    tell(len(names), len(names))
     return {
         name: sum(tokens * turn for tokens, turn in sums[name]) / sum(tokens for tokens, _ in sums[name])
         for name in names

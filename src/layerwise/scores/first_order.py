@@ -12,13 +12,16 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from ..errors import LayerwiseError, ModelError, ScoreError, WalkError
-from ..passes import store_of
-from ..passes.wrapping import cannot_run, set_eval
+from ..errors import LayerwiseError, ScoreError
+from ..passes import check_whole
+from ..passes.wrapping import cannot_run, not_reached
 from ..structure import Layer, Structure, parameter_of
+from ..tasks import left_alone
 from ..tasks.batches import Batches, first_samples
 from ..tasks.losses import Loss, loss_of
+from .watching import tell
 
 Kind = Literal["magnitude", "square", "gradient", "norm"]
 
@@ -53,8 +56,7 @@ def first_order_gradient(
     Raises ScoreError naming the layer if a gradient is not finite or cannot be had, WalkError if no batch reaches a block, and what
     `loss` raises.
     """
-    if store_of(model) is not None:
-        raise ModelError("a streamed model has no gradients: load it whole, or use a score that needs none.")
+    check_whole(model, "a gradient")
     chosen = first_samples(data, samples)
     sums = dict.fromkeys((layer.name for layer in structure), 0.0)
     reached: set[str] = set()
@@ -71,6 +73,7 @@ def first_order_gradient(
 
     with _gradients_of(model, structure, take, reached):
         for index, batch in enumerate(chosen):
+            tell(index, len(chosen), f"batch {index}")
             try:
                 value = loss(model, batch)
                 if not bool(value.isfinite()):
@@ -86,8 +89,9 @@ def first_order_gradient(
                 raise
             except Exception as error:  # the model's own code: any class may come out
                 raise cannot_run(error, index, None) from error
+    tell(len(chosen), len(chosen))
     if missed := [block.name for block in structure.blocks if block.layers and block.name not in reached]:
-        raise WalkError(f'no calibration batch reaches block "{missed[0]}"; exclude its layers or give data that does.')
+        raise not_reached(missed[0])
     return {name: total / len(chosen) for name, total in sums.items()}
 
 
@@ -100,7 +104,7 @@ def _gradients_of(
     reached: gets the names of the blocks that ran. A block may run and yet have no gradient, as LLaVA's last vision block.
     """
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    undo, handles = set_eval(model), []
+    handles: list[RemovableHandle] = []
     try:
         for parameter, *_ in before:
             parameter.requires_grad_(False)
@@ -113,7 +117,7 @@ def _gradients_of(
         for block in structure.blocks:
             note = partial(_note, reached, block.name)
             handles.append(model.get_submodule(block.name).register_forward_pre_hook(note))
-        with torch.enable_grad():
+        with left_alone([model]), torch.enable_grad():
             yield
     finally:
         for handle in handles:
@@ -121,7 +125,6 @@ def _gradients_of(
         for parameter, required, gradient in before:
             parameter.requires_grad_(required)
             parameter.grad = gradient
-        undo()
 
 
 def _note(reached: set[str], block: str, *_: object) -> None:

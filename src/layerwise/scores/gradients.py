@@ -5,20 +5,22 @@ accumulated in `.grad`, no hook on a parameter fires and no running statistic mo
 before any training, when their running statistics mean nothing; all else is in evaluation mode, without dropout.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import DataError, ModelError, ScoreError
+from ..errors import DataError, LayerwiseError, ModelError, ScoreError
+from ..passes import check_whole
+from ..passes.wrapping import cannot_run
 from ..structure import Structure, parameter_of
+from ..tasks import left_alone
 from ..tasks.batches import Batch
 from ..tasks.losses import Loss, loss_of
+from .watching import part, tell
 
 
 def gradients(
@@ -33,14 +35,16 @@ def gradients(
     """Layer name -> gradient of the loss, float32 in the stored shape, summed over the batches; zeros where the loss does not look.
 
     weights: parameter name -> values to use instead of the model's. temperature: divides the logits before the loss.
-    Raises DataError without batches, ModelError for a model that is not in memory, and what the loss raises; ScoreError naming the layer
-    where a gradient is not finite.
+    Raises DataError without batches, ModelError for a model that is not in memory, WalkError naming the batch it cannot run on, and what
+    the loss raises; ScoreError naming the layer where a gradient is not finite.
     """
     with _Stage(model, data, structure, weights or {}, temperature, loss) as stage:
         total = stage.zeros()
-        for batch in data:
-            found = torch.autograd.grad(stage.loss(batch), stage.leaves, allow_unused=True)
+        for index, batch in enumerate(data):
+            tell(index, len(data), f"gradient of batch {index}")
+            found = torch.autograd.grad(stage.loss(batch, index), stage.leaves, allow_unused=True)
             stage.add(total, found)
+    tell(len(data), len(data))
     return _finite(total)
 
 
@@ -57,13 +61,16 @@ def hessian_products(
     A second backward pass through the first, batch by batch. Errors as in `gradients`, and ScoreError for a model with an operation
     that cannot be differentiated twice.
     """
-    g = gradients(model, data, structure, temperature=temperature, loss=loss)
+    with part(0, 2):
+        g = gradients(model, data, structure, temperature=temperature, loss=loss)
     # the fused attention kernels have no second derivative
-    with _Stage(model, data, structure, {}, temperature, loss) as stage, sdpa_kernel(SDPBackend.MATH):
+    with part(1, 2), _Stage(model, data, structure, {}, temperature, loss) as stage, sdpa_kernel(SDPBackend.MATH):
         total, direction = stage.zeros(), list(g.values())
-        for batch in data:
+        for index, batch in enumerate(data):
+            tell(index, len(data), f"curvature of batch {index}")
+            value = stage.loss(batch, index)
             try:
-                first = torch.autograd.grad(stage.loss(batch), stage.leaves, allow_unused=True, create_graph=True)
+                first = torch.autograd.grad(value, stage.leaves, allow_unused=True, create_graph=True)
                 pairs = [(d, one) for d, one in zip(direction, first, strict=True) if one is not None]
                 along = sum((d * one.float()).sum() for d, one in pairs)
                 if not isinstance(along, Tensor) or not along.requires_grad:
@@ -75,34 +82,13 @@ def hessian_products(
                 raise ScoreError(
                     f"{type(model).__name__} has an operation that cannot be differentiated twice: {str(error).splitlines()[0]}"
                 ) from error
+        tell(len(data), len(data))
     return _finite(total)
 
 
 def layer_means(scores: Mapping[str, Tensor]) -> dict[str, float]:
     """Layer name -> mean score of its weights: one number for tables and plans."""
     return {name: float(score.cpu().mean(dtype=torch.float64)) for name, score in scores.items()}
-
-
-def check_in_memory(model: nn.Module) -> None:
-    """Raise ModelError for a model whose weights are streamed: a gradient needs all of them at once."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ModelError("a gradient needs the whole model in memory: load it without streaming.")
-
-
-@contextmanager
-def left_alone(model: nn.Module, *, by_batch: bool) -> Iterator[None]:
-    """Evaluation mode, but for batch norms if they are to normalise by the batch; afterwards every mode and torch's random state are
-    what they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    state = torch.get_rng_state()
-    try:
-        for module, _ in modes:
-            module.training = by_batch and isinstance(module, _BatchNorm)
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        torch.set_rng_state(state)
 
 
 class _Stage:
@@ -119,15 +105,17 @@ class _Stage:
     ) -> None:
         if not len(data):
             raise DataError("a gradient needs batches with what the loss is taken of; there are none.")
-        check_in_memory(model)
-        self.model, self.temperature, self._cooled = model, temperature, temperature == 1
+        check_whole(model, "a gradient")
+        self.model, self.temperature = model, temperature
+        self._logits: Tensor | None = None  # of a pass, divided by the temperature
+        self._used = temperature == 1  # whether the loss is taken from them
         self._names = [layer.name for layer in structure]
         self._tensors = {n: weights.get(n, parameter).detach() for n, parameter in model.named_parameters()}
         first = {id(parameter): name for name, parameter in model.named_parameters()}  # of the names of a tied tensor
         self.leaves = [self._tensors[first[id(parameter_of(model, layer))]].requires_grad_() for layer in structure]
         self._tensors |= {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._whole = _Loss(model, loss)
-        self._context = left_alone(model, by_batch=True)
+        self._context = left_alone([model], by_batch=True)
 
     def __enter__(self) -> "_Stage":
         self._context.__enter__()
@@ -139,23 +127,24 @@ class _Stage:
             self._handle.remove()
         self._context.__exit__(*error)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch, index: int) -> Tensor:
         """Of one batch, with its graph. Raises ScoreError if it is not finite, ModelError if it depends on no chosen layer, DataError
-        for a single example where batch norms see one value of each channel."""
+        for a single example where batch norms see one value of each channel, WalkError if the model cannot run on it."""
         renamed = {f"model.{name}": tensor for name, tensor in self._tensors.items()}
         try:
             with torch.enable_grad():
                 value: Tensor = functional_call(self._whole, renamed, (batch,))
-        except ValueError as error:
+        except LayerwiseError:
+            raise
+        except Exception as error:  # the model's own code: any class may come out
             if "more than 1 value per channel" not in str(error):
-                raise
+                raise cannot_run(error, index, None) from error
             raise DataError(
                 "batch norms normalise by the batch here: give batches of more than one example."
             ) from error
-        if not self._cooled:
-            raise ModelError(
-                f"{type(self.model).__name__} gives no logits that a temperature of {self.temperature:g} could divide. Use 1."
-            )
+        logits, self._logits = self._logits, None
+        if not self._used and value.requires_grad:
+            self._check_temperature(value, logits)
         if not torch.isfinite(value):
             raise ScoreError(
                 f"the loss is {float(value.detach())}. Check the weights and the data for NaN and overflow."
@@ -177,14 +166,23 @@ class _Stage:
             if one is not None:
                 total[name].add_(one.detach())
 
+    def _check_temperature(self, value: Tensor, logits: Tensor | None) -> None:
+        """Raise ModelError if the loss is not taken from the divided logits: some models compute their own, before the division."""
+        if logits is not None and logits.requires_grad:
+            (slope,) = torch.autograd.grad(value, [logits], retain_graph=True, allow_unused=True)
+            self._used = slope is not None
+        if not self._used:
+            raise ModelError(
+                f"the loss of {type(self.model).__name__} is not taken from logits that a temperature of {self.temperature:g} could"
+                " divide. Use 1."
+            )
+
     def _cool(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         """The output with its logits divided by the temperature; an output that is one tensor is the logits."""
         if isinstance(output, Tensor):
-            self._cooled = True
-            return output / self.temperature
-        if isinstance(logits := getattr(output, "logits", None), Tensor):
-            self._cooled = True
-            output.logits = logits / self.temperature
+            self._logits = output = output / self.temperature
+        elif isinstance(logits := getattr(output, "logits", None), Tensor):
+            self._logits = output.logits = logits / self.temperature
         return output
 
 

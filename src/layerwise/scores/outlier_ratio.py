@@ -10,6 +10,7 @@ from ..passes import collect_dense
 from ..passes.statistics import widest
 from ..structure import Structure, as_matrices, parameter_of
 from ..tasks.batches import Batches
+from .watching import tell
 
 
 def outlier_share(scores: Sequence[Tensor], factor: float) -> float:
@@ -39,8 +40,11 @@ def outlier_ratio(model: nn.Module, data: Batches, structure: Structure, factor:
     Blocks without layers up for compression are not in the result. Raises ScoreError naming the block if it has no score or one is not
     finite, and what `passes.collect_dense` raises.
     """
-    ratios = {}
+    ratios: dict[str, float] = {}
+    total = sum(bool(block.layers) for block in structure.blocks)
+    tell(0, total)  # what comes before the first block can take long, too
     for block, statistics in collect_dense(model, structure, data, "squares"):
+        tell(len(ratios), total, block.name)
         scores = []
         for layer in block.layers:
             weight = as_matrices(parameter_of(model, layer).detach(), layer)
@@ -51,6 +55,7 @@ def outlier_ratio(model: nn.Module, data: Batches, structure: Structure, factor:
             ratios[block.name] = outlier_share(scores, factor)
         except ScoreError as error:
             raise ScoreError(f'block "{block.name}": {error}') from error
+    tell(total, total)
     return {block.name: ratios[block.name] for block in structure.blocks if block.name in ratios}
 
 

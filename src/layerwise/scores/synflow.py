@@ -14,10 +14,12 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from ..errors import DataError, ModelError, ScoreError
+from ..errors import DataError, LayerwiseError, ModelError, ScoreError
+from ..passes import check_whole
+from ..passes.wrapping import cannot_run
 from ..structure import Structure, parameter_of, structure_of
+from ..tasks import left_alone
 from ..tasks.batches import Batch, call
-from .gradients import check_in_memory, left_alone
 
 
 def synaptic_flow(weight: Tensor, gradient: Tensor) -> Tensor:
@@ -33,11 +35,12 @@ def synflow_scores(
 
     keep: layer name -> bool in the stored shape, False where a weight is pruned already and carries nothing. In float64, because the
     flow grows by about the width of every layer without a norm; in float32 where there are fused experts, whose kernels take no
-    more, and on MPS, which has no more. Raises DataError without a batch, ScoreError if it overflows.
+    more, and on MPS, which has no more. Raises DataError without a batch, WalkError if the model cannot run on it, ScoreError if it
+    overflows.
     """
     if not len(data):
         raise DataError("synflow needs a batch for the shape of the inputs; there is none.")
-    check_in_memory(model)
+    check_whole(model, "a gradient")
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     dtype = _dtype_for(model)
     tensors = {name: _cast(parameter.detach().abs(), dtype) for name, parameter in model.named_parameters()}
@@ -49,8 +52,13 @@ def synflow_scores(
         leaves[layer.name] = tensors[name].requires_grad_()
     tensors |= _positive_buffers(model, dtype)
     renamed, ones = {f"model.{n}": tensor for n, tensor in tensors.items()}, _of_ones(data[0], dtype)
-    with left_alone(model, by_batch=False), torch.enable_grad():
-        flow = functional_call(_Flow(model), renamed, (ones,))
+    with left_alone([model]), torch.enable_grad():
+        try:
+            flow = functional_call(_Flow(model), renamed, (ones,))
+        except LayerwiseError:
+            raise
+        except Exception as error:  # the model's own code: any class may come out
+            raise cannot_run(error, 0, None) from error
         if not flow.requires_grad:
             raise ModelError(f"the outputs of {type(model).__name__} depend on none of the {len(leaves)} layers.")
         found = torch.autograd.grad(flow, list(leaves.values()), allow_unused=True)

@@ -20,6 +20,17 @@ def watched(step: Step) -> Iterator[None]:
         _listener.reset(token)
 
 
+@contextmanager
+def part(number: int, parts: int) -> Iterator[None]:
+    """Within, what is told is part `number`, from 0, of so many equal ones of a longer piece of work."""
+    step = _listener.get()
+    if step is None:
+        yield
+        return
+    with watched(lambda done, total, now: step(number * total + done, parts * total, now)):
+        yield
+
+
 def tell(done: int, total: int, now: str = "") -> None:
     """For scores: say how far this one is. Nothing happens where nobody listens."""
     step = _listener.get()

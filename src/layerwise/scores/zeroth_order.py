@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, ModelError, ScoreError, WalkError
-from ..passes import Recording, Replays, Tail, store_of
+from ..errors import ConfigError, ScoreError
+from ..passes import Recording, Replays, Tail, check_whole
+from ..passes.wrapping import not_reached
 from ..randomness import generator_for
 from ..structure import Layer, Structure, parameter_of
 from ..tasks.batches import Batches, first_samples
 from ..tasks.losses import Loss, loss_of
+from .watching import tell
 
 REFERENCE_STEP = 1e-3  # of the official code, whatever the size of the weights
 HALF_FACTOR = 5.0  # the outputs of half-precision layers are rounded, too: a larger step stands out of that noise
@@ -89,16 +91,18 @@ def zeroth_order_gradient(
         raise ConfigError(
             f"zeroth_order_gradient: step={step:g}, draws={draws}: give a step above 0 and at least 1 draw."
         )
-    if store_of(model) is not None:
-        raise ModelError("a streamed model is read anew in every pass, and this score takes thousands: load it whole.")
+    check_whole(model, "a score of thousands of passes")
     units = list(_units(structure, joint))
     slopes: dict[str, list[float]] = {name: [] for name, _, _ in units}
     reached: set[str] = set()
+    chosen = first_samples(data, samples)
+    moves = len(chosen) * len(units)
     with Replays(model, [block.name for block in structure.blocks], loss, tail) as replays:
-        for index, batch in enumerate(first_samples(data, samples)):
+        for index, batch in enumerate(chosen):
             recording = replays.record(batch, index)
             reached.update(recording.order)
-            for name, block, layers in units:
+            for done, (name, block, layers) in enumerate(units, start=index * len(units)):
+                tell(done, moves, f"{name}, batch {index}")
                 if block is not None and block not in recording.outputs:  # its gradient is 0 in this batch
                     slopes[name] += [0.0] * draws
                     continue
@@ -109,8 +113,9 @@ def zeroth_order_gradient(
                         slopes[name].append(_slope(replays, recording, block, layers, size, seed, key))
                     except ScoreError as error:
                         raise ScoreError(f'layer "{name}": {error}') from error
+    tell(moves, moves)
     if missed := [block for _, block, _ in units if block is not None and block not in reached]:
-        raise WalkError(f'no calibration batch reaches block "{missed[0]}"; exclude its layers or give data that does.')
+        raise not_reached(missed[0])
     return {name: norm_from_slopes(found) for name, found in slopes.items()}
 
 

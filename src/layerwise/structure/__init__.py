@@ -3,7 +3,7 @@
 from .find import structure_of
 from .groups import Granularity, groups_of, towers_of
 from .parts import Block, Kind, Layer, Stack, Structure
-from .views import as_matrices, from_matrices, module_of, parameter_of
+from .views import as_matrices, from_matrices, in_order, module_of, parameter_of
 
 __all__ = [
     "Block",
@@ -15,6 +15,7 @@ __all__ = [
     "as_matrices",
     "from_matrices",
     "groups_of",
+    "in_order",
     "module_of",
     "parameter_of",
     "structure_of",

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from ..errors import ModelError, ShapeError
-from .parts import Layer
+from .parts import Layer, Structure
 
 
 def parameter_of(model: nn.Module, layer: Layer) -> nn.Parameter:
@@ -25,6 +25,12 @@ def module_of(model: nn.Module, layer: Layer) -> nn.Module:
         return model.get_submodule(layer.parameter.rpartition(".")[0])
     except AttributeError as error:
         raise ModelError(f'layer "{layer.name}": the model has no such module.') from error
+
+
+def in_order(model: nn.Module, structure: Structure) -> list[Layer]:
+    """Its layers in the order of the model, those outside blocks at their place: the best that is known of the order they run in."""
+    position = {name: index for index, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
+    return sorted(structure.layers, key=lambda layer: position[layer.parameter])
 
 
 def as_matrices(weight: Tensor, layer: Layer) -> Tensor:

@@ -5,7 +5,7 @@ from .divergence import Yardstick
 from .images import images
 from .losses import Loss, loss_of
 from .text import check_vocabulary, continued, held_out, text
-from .undisturbed import undisturbed
+from .undisturbed import left_alone, undisturbed
 
 __all__ = [
     "Batch",
@@ -17,6 +17,7 @@ __all__ = [
     "continued",
     "held_out",
     "images",
+    "left_alone",
     "loss_of",
     "text",
     "undisturbed",

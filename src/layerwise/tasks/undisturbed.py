@@ -4,31 +4,62 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ConfigError
+
+Streams = tuple[Tensor, list[Tensor]]
+"""States of torch's generators: of the CPU, and of every CUDA device where CUDA is in use."""
+
+
+def random_streams() -> Streams:
+    """Where torch's random streams stand, for `go_back_to`."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if _cuda_in_use() else []
+
+
+def go_back_to(streams: Streams) -> None:
+    """Let torch's random streams go on from there."""
+    cpu, cuda = streams
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def left_alone(models: Sequence[nn.Module], *, by_batch: bool = False) -> Iterator[None]:
+    """Evaluation mode; afterwards the mode of every module and torch's random streams are what they were.
+
+    by_batch: batch norms normalise by the batch, as in training, and all else is in evaluation mode. A forward in evaluation mode draws
+    nothing, but a model's own code may.
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    streams = random_streams()
+    try:
+        for module, _ in modes:
+            module.training = by_batch and isinstance(module, _BatchNorm)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        go_back_to(streams)
 
 
 @contextmanager
 def undisturbed(models: Sequence[nn.Module], device: str | torch.device | None = None) -> Iterator[None]:
-    """Evaluation mode, no gradients, models on `device`; afterwards every module's mode, the device and the random state are
-    what they were. Raises ConfigError for moving a model that is spread over several devices."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
+    """`left_alone`, without gradients and with the models on `device`, from which they go back to where they were.
+
+    Raises ConfigError for moving a model that is spread over several devices."""
     homes = [_home(model) for model in models] if device is not None else []
-    state = torch.get_rng_state()
     try:
-        for model in models:
-            model.eval()
-            if device is not None:
-                model.to(device)
-        with torch.no_grad():
+        if device is not None:
+            for model in models:
+                model.to(device)  # first: it may be the first use of CUDA, whose streams are there from then on
+        with left_alone(models), torch.no_grad():
             yield
     finally:
         for model, home in zip(models, homes, strict=False):
             model.to(home)
-        for module, mode in modes:
-            module.training = mode
-        torch.set_rng_state(state)  # a forward in evaluation mode draws nothing; a model's own code may
 
 
 def _home(model: nn.Module) -> torch.device:
@@ -36,3 +67,7 @@ def _home(model: nn.Module) -> torch.device:
     if len(devices) != 1:
         raise ConfigError(f"the model lies on {len(devices)} devices: leave `device` out, it is evaluated where it is.")
     return devices.pop()
+
+
+def _cuda_in_use() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
