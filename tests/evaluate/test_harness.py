@@ -203,10 +203,10 @@ def test_a_check_of_lm_evals_that_has_nothing_to_do_with_lengths_is_not_blamed_o
     lm_eval = pytest.importorskip("lm_eval")
 
     def refuse(**given):
-        assert given["limit"] > 1, "two documents at least"
+        raise AssertionError("two documents at least")  # pytest would add to the words of an assert
 
     monkeypatch.setattr(lm_eval, "evaluate", refuse)
-    words = r"lm-eval refuses \(two documents at least; test_harness\.py, line \d+: assert .*\)"
+    words = r"lm-eval refuses \(two documents at least; test_harness\.py, line \d+: raise .*\)"
     with pytest.raises(ConfigError, match=words) as found:
         harness(model, tokenizer, [QUESTIONS], limit=1)
     assert "length" not in str(found.value)
