@@ -18,6 +18,7 @@ from .screen import rank_from_environment
 # typer carries its own copy of click since 0.21; both name the base of their usage errors alike
 _UsageProblem: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 _STOPPED = 130  # as shells count: 128 + SIGINT
+_MOST = 12  # lines; a key that is misspelt in every layer has as many problems as the plan has layers
 _PATIENCE = 3.0  # seconds in which the launcher ends the other ranks
 
 
@@ -51,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> int:
             _wait_for_the_launcher(error)
             if debug:
                 traceback.print_exc()
-            for line in lines:
+            for line in lines if debug else _first(lines):
                 print(f"layerwise: {line}", file=sys.stderr)
             return code
 
@@ -75,6 +76,13 @@ def explain(error: BaseException) -> tuple[int | None, list[str]]:
             what = f"{what[:400]}…"
         return 1, [f"unexpected {what}; run again with --debug for the traceback."]
     return None, []
+
+
+def _first(lines: list[str]) -> list[str]:
+    """As many as a screen shows at a glance, and how many there are beyond."""
+    if len(lines) <= _MOST:
+        return lines
+    return [*lines[: _MOST - 1], f"{len(lines) - _MOST + 1} more problems; --debug shows all."]
 
 
 def _one_line(text: str) -> str:

@@ -16,6 +16,7 @@ from .base import Method
 from .tried import Record, Tried, paired
 
 FINALISTS = 3  # plans that are held against uniform on unseen data
+SURE = 2.0  # standard errors a plan must be closer by; three get a try, and by one each would pass in a sixth of cases by chance
 Progress = Callable[[int, int, str], None]
 
 
@@ -109,7 +110,7 @@ class Hunt:
                 self.plans[name] = self.candidates[name].plan(self.model, self.seen, structure=self.structure)
             rows[name] = self._held_against(self.plans[name], yardstick)
         gains = {name: paired(rows["uniform"], rows[name]) for name in finalists}
-        chosen = next((name for name, (gain, error) in gains.items() if gain > error), "uniform")
+        chosen = next((name for name, (gain, error) in gains.items() if gain > SURE * error), "uniform")
         what = "KL divergence" if yardstick.logits else "relative squared error"
         count = f"{len(ranked)} plan{'s' if len(ranked) != 1 else ''} tried with {self.trials.solver.name}"
         verdict = _sentence(chosen, {name: float(some.mean()) for name, some in rows.items()}, gains, what, count)
@@ -130,7 +131,7 @@ def _sentence(
         )
     closest = min(gains, key=means.__getitem__, default="")
     return (
-        f"uniform: {count}, none is closer to the dense model than uniform ({what} {uniform:.4f}) beyond the standard error on data"
+        f"uniform: {count}, none is closer to the dense model than uniform ({what} {uniform:.4f}) beyond two standard errors on data"
         f" the search did not see{f'; the nearest was {closest} ({means[closest]:.4f})' if closest else ''}."
     )
 
