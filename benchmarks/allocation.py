@@ -83,6 +83,7 @@ def main() -> None:
             print(f"{' '.join(str(part) for part in asdict(cell).values())}: {said}", file=sys.stderr, flush=True)
     text = "\n".join(report(results, shown, options))
     options.out.write_text(text + "\n", encoding="utf-8")
+    draw(results, shown, options)
     print(text)
 
 
@@ -196,6 +197,34 @@ def report(results: Lines, shown: dict[str, dict[str, Any]], options: argparse.N
         {row["error"] for protocol in shown.values() for row in results.of(protocol=protocol) if "error" in row}
     )
     yield from ["", *(f"- failed: {error}" for error in errors)]
+
+
+def draw(results: Lines, shown: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
+    """One panel for each model and solver: perplexity over that of uniform at the same sparsity, mean over seeds, log scale."""
+    from matplotlib.figure import Figure
+
+    solvers, sparsities = options.solvers.split(","), [float(one) for one in options.sparsities.split(",")]
+    figure = Figure(figsize=(1 + 3.2 * len(solvers), 0.6 + 2.6 * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), len(solvers), squeeze=False, sharex=True)
+    for row, (model, protocol) in zip(panels, shown.items(), strict=True):
+        for panel, solver in zip(row, solvers, strict=True):
+            for allocation in options.allocations.split(","):
+                means = {}
+                for name in ("uniform", allocation):
+                    found = [
+                        results.of(protocol=protocol, model=model, sparsity=one, allocation=name, solver=solver)
+                        for one in sparsities
+                    ]
+                    values = [[cell["perplexity"] for cell in cells if "perplexity" in cell] for cells in found]
+                    means[name] = [statistics.fmean(some) if some else math.nan for some in values]
+                ratios = [mine / uniform for mine, uniform in zip(means[allocation], means["uniform"], strict=True)]
+                panel.plot(sparsities, ratios, marker="o", markersize=3, linewidth=1.2, label=allocation)
+            panel.set_yscale("log")
+            panel.set_xticks(sparsities, [f"{one:.0%}" for one in sparsities])
+            panel.set_title(f"{model}, {solver}", fontsize=9)
+    figure.supylabel("perplexity / that of uniform", fontsize=9)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(options.out.with_suffix(".png"), dpi=110)
 
 
 def mean_deviation(rows: list[dict[str, Any]]) -> str:
