@@ -1,7 +1,7 @@
 """Weights of all layers ranked together: the exact mask that a score of weights asks for, and the plan that counts it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
 from torch import Tensor, nn
@@ -49,17 +49,16 @@ def plan_by_rank(
     high: float,
     *,
     owner: str,
-    keep: Mapping[str, Tensor] | None = None,
+    rank: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> Plan:
-    """The plan in which each layer loses as many weights as its mask takes (None: that of `keep_highest`); beside it the mean score of
-    each layer. Scores that are all equal rank nothing: uniform, with a note; another note where layers are emptied."""
+    """The plan in which each layer loses as many weights as its mask takes, that of `rank` (None: `keep_highest`); beside it the mean
+    score of each layer. Scores that are all equal rank nothing: uniform, with a note; another note where layers are emptied."""
     sizes, means = sizes_of(structure), layer_means(scores)
     if sparsity and (value := common(scores)) is not None:
         check_feasible(sizes, sparsity, low, high)
         note = f"{owner} is {value:g} for every weight, so it ranks none above another: uniform"
         return plan_of(method, model, structure, sparsity, uniform(sizes, sparsity), low, high, means, (note,))
-    if keep is None:
-        keep = keep_highest(scores, sparsity, low, high, owner=owner)
+    keep = keep_highest(scores, sparsity, low, high, owner=owner) if rank is None else rank()
     zeros = {name: sizes[name] - int(keep[name].sum()) for name in sizes}
     prunes = {name: Prune(sparsity=exact) for name, exact in sparsities_of(zeros, sizes).items()}
     notes = _emptied([name for name, gone in zeros.items() if gone == sizes[name]], len(sizes))
