@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -39,20 +40,29 @@ def keep_highest(
     return dict(zip(scores, keep_lowest_out_of_all(list(scores.values()), pruned, least, most), strict=True))
 
 
+class Ranking(Method, Protocol):
+    """A method whose budget and bounds are those of one ranking of all weights."""
+
+    @property
+    def sparsity(self) -> float: ...
+    @property
+    def min_sparsity(self) -> float: ...
+    @property
+    def max_sparsity(self) -> float: ...
+
+
 def plan_by_rank(
-    method: Method,
+    method: Ranking,
     model: nn.Module,
     structure: Structure,
-    sparsity: float,
     scores: Mapping[str, Tensor],
-    low: float,
-    high: float,
     *,
     owner: str,
     rank: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> Plan:
     """The plan in which each layer loses as many weights as its mask takes, that of `rank` (None: `keep_highest`); beside it the mean
     score of each layer. Scores that are all equal rank nothing: uniform, with a note; another note where layers are emptied."""
+    sparsity, low, high = method.sparsity, method.min_sparsity, method.max_sparsity
     sizes, means = sizes_of(structure), layer_means(scores)
     if sparsity and (value := common(scores)) is not None:
         check_feasible(sizes, sparsity, low, high)

@@ -44,19 +44,13 @@ class SynFlow:
 
         The scores in the plan are those of the whole network, from which the first round chooses.
         """
-        structure, low, high = found(model, structure), self.min_sparsity, self.max_sparsity
+        structure = found(model, structure)
         scores = synflow_scores(model, needed("SynFlow", data), structure)
-        return plan_by_rank(
-            self,
-            model,
-            structure,
-            self.sparsity,
-            scores,
-            low,
-            high,
-            owner="SynFlow's score",
-            rank=lambda: self._pruned(model, data, structure, scores),
-        )
+
+        def rank() -> dict[str, Tensor]:
+            return self._pruned(model, data, structure, scores)
+
+        return plan_by_rank(self, model, structure, scores, owner="SynFlow's score", rank=rank)
 
     def keep(
         self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None
