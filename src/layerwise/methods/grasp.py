@@ -39,7 +39,9 @@ class GraSP:
 
     def plan(self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None) -> Plan:
         """See `Method.plan`. Raises what `scores.hessian_products` raises. Scores that are all equal: uniform, with a note."""
-        return _plan(self, model, data, found(model, structure))
+        structure = found(model, structure)
+        scores = grasp_scores(model, needed("GraSP", data), structure, temperature=self.temperature)
+        return plan_by_rank(self, model, structure, scores, owner="GraSP's score")
 
     def keep(
         self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None
@@ -48,7 +50,8 @@ class GraSP:
 
         Raises what `plan` raises, and ScoreError where all scores are equal.
         """
-        scores = _scores(self, model, data, found(model, structure))
+        structure = found(model, structure)
+        scores = grasp_scores(model, needed("GraSP", data), structure, temperature=self.temperature)
         return keep_highest(scores, self.sparsity, self.min_sparsity, self.max_sparsity, owner="GraSP's score")
 
 
@@ -70,7 +73,9 @@ class GraSPRatio:
 
     def plan(self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None) -> Plan:
         """See `GraSP.plan`."""
-        return _plan(self, model, data, found(model, structure))
+        structure = found(model, structure)
+        scores = grasp_scores(model, needed("GraSP", data), structure, temperature=self.temperature)
+        return plan_by_rank(self, model, structure, scores, owner="GraSP's score")
 
 
 def _check(owner: str, method: GraSP | GraSPRatio) -> None:
@@ -79,14 +84,3 @@ def _check(owner: str, method: GraSP | GraSPRatio) -> None:
         raise ConfigError(
             f"{owner}.temperature={method.temperature:g}: logits are divided by it; give a number above 0."
         )
-
-
-def _plan(method: GraSP | GraSPRatio, model: nn.Module, data: Batches | None, structure: Structure) -> Plan:
-    scores, low, high = _scores(method, model, data, structure), method.min_sparsity, method.max_sparsity
-    return plan_by_rank(method, model, structure, method.sparsity, scores, low, high, owner="GraSP's score")
-
-
-def _scores(
-    method: GraSP | GraSPRatio, model: nn.Module, data: Batches | None, structure: Structure
-) -> dict[str, Tensor]:
-    return grasp_scores(model, needed("GraSP", data), structure, temperature=method.temperature)

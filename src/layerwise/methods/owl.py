@@ -3,7 +3,8 @@
 Needs input norms of the dense model; no gradients, no labels. Departures from the official code:
 D1 blocks that are all alike get the same sparsity (it divides by zero). D2 the mean is weighted by size, so that blocks of unequal size
 meet the budget. D3 sparsities beyond the bounds are brought back by moving all others alike (it sets those <= 0 to 0.01 and
-misses the budget). D4 layers outside the blocks, which it never prunes, get the target where they are asked for.
+misses the budget). D4 layers outside the blocks, which it never prunes, get the target where they are asked for. D5 its form for
+n:m, another n for each block, is left out: the rounding of n misses the budget.
 """
 
 from dataclasses import dataclass

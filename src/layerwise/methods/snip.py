@@ -38,9 +38,9 @@ class SNIP:
 
     def plan(self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None) -> Plan:
         """See `Method.plan`. Raises what `scores.gradients` raises. Scores that are all equal: uniform, with a note."""
-        structure, low, high = found(model, structure), self.min_sparsity, self.max_sparsity
+        structure = found(model, structure)
         scores = snip_scores(model, needed("SNIP", data), structure)
-        return plan_by_rank(self, model, structure, self.sparsity, scores, low, high, owner="SNIP's score")
+        return plan_by_rank(self, model, structure, scores, owner="SNIP's score")
 
     def keep(
         self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None
@@ -72,6 +72,6 @@ class SNIPRatio:
 
     def plan(self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None) -> Plan:
         """See `SNIP.plan`."""
-        structure, low, high = found(model, structure), self.min_sparsity, self.max_sparsity
+        structure = found(model, structure)
         scores = snip_scores(model, needed("SNIP", data), structure, redraw=self.redraw, seed=self.seed)
-        return plan_by_rank(self, model, structure, self.sparsity, scores, low, high, owner="SNIP's score")
+        return plan_by_rank(self, model, structure, scores, owner="SNIP's score")

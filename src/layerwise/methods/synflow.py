@@ -18,7 +18,7 @@ from ..structure import Structure
 from ..tasks.batches import Batches
 from .assemble import found
 from .base import check_sparsities, needed
-from .ranked import common, keep_highest, plan_by_rank
+from .ranked import keep_highest, plan_by_rank
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,13 @@ class SynFlow:
 
         The scores in the plan are those of the whole network, from which the first round chooses.
         """
-        structure, low, high = found(model, structure), self.min_sparsity, self.max_sparsity
+        structure = found(model, structure)
         scores = synflow_scores(model, needed("SynFlow", data), structure)
-        keep = None if common(scores) is not None else self._pruned(model, data, structure, scores)
-        return plan_by_rank(
-            self, model, structure, self.sparsity, scores, low, high, owner="SynFlow's score", keep=keep
-        )
+
+        def rank() -> dict[str, Tensor]:
+            return self._pruned(model, data, structure, scores)
+
+        return plan_by_rank(self, model, structure, scores, owner="SynFlow's score", rank=rank)
 
     def keep(
         self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None
@@ -64,16 +65,18 @@ class SynFlow:
     def _pruned(
         self, model: nn.Module, data: Batches | None, structure: Structure, scores: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The mask after all rounds; scores: of the whole network."""
+        """The mask after all rounds; scores: of the whole network, and empty afterwards, so that no two rounds' are held together."""
         low, high, keep = self.min_sparsity, self.max_sparsity, dict[str, Tensor]()
         for number in range(1, self.rounds + 1):
             tell(number - 1, self.rounds, f"round {number}")
             if keep:  # what went is below every score, also where what is left carries nothing: gone is gone
                 scores = synflow_scores(model, needed("SynFlow", data), structure, keep=keep)
-                scores = {name: score.masked_fill(~keep[name], -1.0) for name, score in scores.items()}
+                for name, score in scores.items():
+                    score.masked_fill_(~keep[name], -1.0)
             last = number == self.rounds
             sparsity = self.sparsity if last else 1 - (1 - self.sparsity) ** (number / self.rounds)
             # before the last round so much need not have gone yet from every layer
             keep = keep_highest(scores, sparsity, low if last else 0.0, high, owner="SynFlow's score")
+            scores.clear()
         tell(self.rounds, self.rounds)
         return keep

@@ -5,22 +5,20 @@ gradients never exists; activations are kept as in training.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from ..errors import LayerwiseError, ScoreError
-from ..passes import check_whole
-from ..passes.wrapping import cannot_run, not_reached
-from ..structure import Layer, Structure, parameter_of
-from ..tasks import left_alone
+from ..errors import ScoreError
+from ..passes.wrapping import not_reached
+from ..structure import Structure
 from ..tasks.batches import Batches, first_samples
 from ..tasks.losses import Loss, loss_of
+from .stage import Stage
 from .watching import tell
 
 Kind = Literal["magnitude", "square", "gradient", "norm"]
@@ -56,39 +54,21 @@ def first_order_gradient(
     Raises ScoreError naming the layer if a gradient is not finite or cannot be had, WalkError if no batch reaches a block, and what
     `loss` raises.
     """
-    check_whole(model, "a gradient")
     chosen = first_samples(data, samples)
     sums = dict.fromkeys((layer.name for layer in structure), 0.0)
-    reached: set[str] = set()
     # float16 gradients of a mean loss lie near its smallest numbers
     scale = _HALF_SCALE if any(one.dtype == torch.float16 for one in model.parameters()) else 1.0
 
-    def take(layer: Layer, weight: Tensor) -> None:
-        gradient, weight.grad = weight.grad, None
-        if gradient is not None:
-            mass = gradient_mass(weight.detach(), gradient.float() / scale, kind)
-            if not math.isfinite(mass):
-                raise ScoreError(f'layer "{layer.name}": its gradient is not finite. Use float32 or bfloat16 weights.')
-            sums[layer.name] += mass
+    def take(name: str, weight: Tensor, gradient: Tensor) -> None:
+        mass = gradient_mass(weight.detach(), gradient.float() / scale, kind)
+        if not math.isfinite(mass):
+            raise ScoreError(f'layer "{name}": its gradient is not finite. Use float32 or bfloat16 weights.')
+        sums[name] += mass
 
-    with _gradients_of(model, structure, take, reached):
+    with Stage(model, chosen, structure, loss=loss, by_batch=False) as stage, _reached(model, structure) as reached:
         for index, batch in enumerate(chosen):
             tell(index, len(chosen), f"batch {index}")
-            try:
-                value = loss(model, batch)
-                if not bool(value.isfinite()):
-                    raise ScoreError(
-                        f"batch {index}: the loss is {float(value.detach())}. Look for overflow in the model."
-                    )
-                if not value.requires_grad:
-                    raise ScoreError(
-                        f"batch {index}: the loss has no gradient: the model detaches it, or no layer reaches it."
-                    )
-                (value * scale).backward()  # type: ignore[no-untyped-call]
-            except LayerwiseError:
-                raise
-            except Exception as error:  # the model's own code: any class may come out
-                raise cannot_run(error, index, None) from error
+            stage.gradients(batch, index, take, scale)
     tell(len(chosen), len(chosen))
     if missed := [block.name for block in structure.blocks if block.layers and block.name not in reached]:
         raise not_reached(missed[0])
@@ -96,35 +76,18 @@ def first_order_gradient(
 
 
 @contextmanager
-def _gradients_of(
-    model: nn.Module, structure: Structure, take: Callable[[Layer, Tensor], None], reached: set[str]
-) -> Iterator[None]:
-    """Gradients for these layers alone; `take` is called when one is whole. The model is as it was afterwards.
-
-    reached: gets the names of the blocks that ran. A block may run and yet have no gradient, as LLaVA's last vision block.
-    """
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    handles: list[RemovableHandle] = []
+def _reached(model: nn.Module, structure: Structure) -> Iterator[set[str]]:
+    """The names of the blocks that ran. One may run and yet have no gradient, as LLaVA's last vision block."""
+    reached: set[str] = set()
+    handles = []
     try:
-        for parameter, *_ in before:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        for layer in structure:
-            weight = parameter_of(model, layer)
-            weight.requires_grad_()
-            hooked = weight.register_post_accumulate_grad_hook(partial(take, layer))  # type: ignore[no-untyped-call]
-            handles.append(hooked)
         for block in structure.blocks:
             note = partial(_note, reached, block.name)
             handles.append(model.get_submodule(block.name).register_forward_pre_hook(note))
-        with left_alone([model]), torch.enable_grad():
-            yield
+        yield reached
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, required, gradient in before:
-            parameter.requires_grad_(required)
-            parameter.grad = gradient
 
 
 def _note(reached: set[str], block: str, *_: object) -> None:

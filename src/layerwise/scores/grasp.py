@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..structure import Structure
+from ..structure import Structure, parameter_of
 from ..tasks.batches import Batch
 from ..tasks.losses import Loss, loss_of
-from .gradients import hessian_products
+from .gradients import hessian_products, weighed
 
 
 def gradient_flow(weight: Tensor, product: Tensor) -> Tensor:
@@ -26,8 +26,7 @@ def grasp_scores(
     """Layer name -> score of each of its weights, float32 in the stored shape; positive and negative.
 
     temperature: divides the logits, so that the loss is that of a network which knows nothing yet. Of as many batches as `data` has
-    (the paper: two halves), g is the sum. Memory two to three times that of a training step. Errors as in `hessian_products`.
+    (the paper: two halves), g is the sum. Memory and errors as in `hessian_products`.
     """
     found = hessian_products(model, data, structure, temperature=temperature, loss=loss)
-    own = {layer.name: model.get_parameter(layer.parameter).detach() for layer in structure}
-    return {name: gradient_flow(own[name], product) for name, product in found.items()}
+    return weighed(gradient_flow, {layer.name: parameter_of(model, layer) for layer in structure}, found)

@@ -10,7 +10,7 @@ from ..randomness import generator_for
 from ..structure import Layer, Structure, from_matrices, parameter_of, structure_of
 from ..tasks.batches import Batch
 from ..tasks.losses import Loss, loss_of
-from .gradients import gradients
+from .gradients import gradients, weighed
 
 
 def connection_sensitivity(weight: Tensor, gradient: Tensor) -> Tensor:
@@ -31,6 +31,8 @@ def snip_scores(
 
     redraw: score weights drawn anew (Xavier normal, every matrix that multiplies an input), so that the scores do not belong to
     the weights that will be trained; as Liu et al. 2022 (arXiv:2202.02643) do for densities. Errors as in `gradients`.
+    Beside the model and its activations it takes 4 bytes for each weight, those of the scores, and a few times a layer; `redraw` as
+    much again as the model.
     """
     weights = xavier_normal(model, seed) if redraw else {}
     found = gradients(model, data, structure, weights=weights, loss=loss)
@@ -38,8 +40,7 @@ def snip_scores(
         id(model.get_parameter(name)): values for name, values in weights.items()
     }  # a tied tensor has many names
     own = {layer.name: parameter_of(model, layer) for layer in structure}
-    own_or_drawn = {name: redrawn.get(id(parameter), parameter).detach() for name, parameter in own.items()}
-    return {name: connection_sensitivity(own_or_drawn[name], gradient) for name, gradient in found.items()}
+    return weighed(connection_sensitivity, {n: redrawn.get(id(one), one) for n, one in own.items()}, found)
 
 
 def xavier_normal(model: nn.Module, seed: int) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from ..passes.wrapping import cannot_run
 from ..structure import Structure, parameter_of, structure_of
 from ..tasks import left_alone
 from ..tasks.batches import Batch, call
+from .stage import handed_over
 
 
 def synaptic_flow(weight: Tensor, gradient: Tensor) -> Tensor:
@@ -33,41 +34,51 @@ def synflow_scores(
     """Layer name -> score of each of its weights, float64 on the CPU in the stored shape, >= 0. One forward and backward pass of
     one example.
 
-    keep: layer name -> bool in the stored shape, False where a weight is pruned already and carries nothing. In float64, because the
-    flow grows by about the width of every layer without a norm; in float32 where there are fused experts, whose kernels take no
-    more, and on MPS, which has no more. Raises DataError without a batch, WalkError if the model cannot run on it, ScoreError if it
-    overflows.
+    keep: layer name -> bool in the stored shape, False where a weight is pruned already and carries nothing. In float64, for its range
+    and not for its digits: every layer without a norm multiplies the flow by about its width times its mean weight, and float32 ends at
+    3e38. In float32 where there are fused experts, whose kernels take no more, and on MPS, which has no more. Beside the model it takes 8
+    bytes for each weight, whose places the scores take one layer at a time, and a few times a layer.
+    Raises DataError without a batch, WalkError if the model cannot run on it, ScoreError if it overflows.
     """
     if not len(data):
         raise DataError("synflow needs a batch for the shape of the inputs; there is none.")
     check_whole(model, "a gradient")
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     dtype = _dtype_for(model)
-    tensors = {name: _cast(parameter.detach().abs(), dtype) for name, parameter in model.named_parameters()}
-    leaves = {}
+    tensors = {name: _absolute(parameter, dtype) for name, parameter in model.named_parameters()}
+    leaves, scores = {}, dict[str, Tensor]()
     for layer in structure:
-        name = first[id(parameter_of(model, layer))]
+        leaves[layer.name] = tensors[first[id(parameter_of(model, layer))]]
         if keep is not None:
-            tensors[name] = tensors[name] * keep[layer.name].to(tensors[name].device)
-        leaves[layer.name] = tensors[name].requires_grad_()
+            leaves[layer.name].mul_(keep[layer.name].to(leaves[layer.name].device))
+        leaves[layer.name].requires_grad_()
     tensors |= _positive_buffers(model, dtype)
-    renamed, ones = {f"model.{n}": tensor for n, tensor in tensors.items()}, _of_ones(data[0], dtype)
-    with left_alone([model]), torch.enable_grad():
-        try:
-            flow = functional_call(_Flow(model), renamed, (ones,))
-        except LayerwiseError:
-            raise
-        except Exception as error:  # the model's own code: any class may come out
-            raise cannot_run(error, 0, None) from error
-        if not flow.requires_grad:
-            raise ModelError(f"the outputs of {type(model).__name__} depend on none of the {len(leaves)} layers.")
-        found = torch.autograd.grad(flow, list(leaves.values()), allow_unused=True)
-    scores = {}
-    for (name, leaf), gradient in zip(leaves.items(), found, strict=True):
-        scores[name] = torch.zeros_like(leaf) if gradient is None else synaptic_flow(leaf.detach(), gradient)
-        if not scores[name].isfinite().all():
+
+    def take(name: str, weight: Tensor, gradient: Tensor) -> None:
+        flow = synaptic_flow(weight.detach(), gradient)
+        if not flow.isfinite().all():
             raise ScoreError(f'layer "{name}": its flow is not finite; the network is too deep without norms for it.')
-    return {name: score.detach().cpu().double() for name, score in scores.items()}
+        scores[name] = flow.cpu().double()
+        weight.data = weight.new_empty(0)  # every operation that looked at it has had its turn
+
+    with left_alone([model]), torch.enable_grad(), handed_over(leaves, take):
+        _flow(model, tensors, _of_ones(data[0], dtype)).backward(inputs=list(leaves.values()))  # type: ignore[no-untyped-call]
+    unseen = {name: leaf.shape for name, leaf in leaves.items() if name not in scores}
+    scores |= {name: torch.zeros(shape, dtype=torch.float64) for name, shape in unseen.items()}
+    return {name: scores[name] for name in leaves}
+
+
+def _flow(model: nn.Module, tensors: Mapping[str, Tensor], ones: Batch) -> Tensor:
+    """The flow through the model with these tensors for its own, with its graph."""
+    try:
+        flow: Tensor = functional_call(_Flow(model), {f"model.{n}": tensor for n, tensor in tensors.items()}, (ones,))
+    except LayerwiseError:
+        raise
+    except Exception as error:  # the model's own code: any class may come out
+        raise cannot_run(error, 0, None) from error
+    if not flow.requires_grad:
+        raise ModelError(f"the outputs of {type(model).__name__} depend on none of the layers.")
+    return flow
 
 
 class _Flow(nn.Module):
@@ -107,6 +118,12 @@ def _positive_buffers(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]
 def _dtype_for(model: nn.Module) -> torch.dtype:
     experts = any(layer.kind == "experts" for layer in structure_of(model, include=["*"]))
     return torch.float32 if experts or next(model.parameters()).device.type == "mps" else torch.float64
+
+
+def _absolute(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    if not parameter.is_floating_point():
+        return parameter.detach().abs()
+    return parameter.detach().to(dtype, copy=True).abs_()
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
