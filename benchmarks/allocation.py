@@ -220,6 +220,8 @@ def draw(results: Lines, shown: dict[str, dict[str, Any]], options: argparse.Nam
                 ratios = [mine / uniform for mine, uniform in zip(means[allocation], means["uniform"], strict=True)]
                 panel.plot(sparsities, ratios, marker="o", markersize=3, linewidth=1.2, label=allocation)
             panel.set_yscale("log")
+            for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+                axis(lambda ratio, _: f"{ratio:g}x")
             panel.set_xticks(sparsities, [f"{one:.0%}" for one in sparsities])
             panel.set_title(f"{model}, {solver}", fontsize=9)
     figure.supylabel("perplexity / that of uniform", fontsize=9)

@@ -53,8 +53,9 @@ class Slow(nn.Module):
 def test_latency_measures_what_it_says():
     model = Slow()
     got = latency(model, prompt=10, context=5, new=3, threads=1, seconds=0.1)
-    assert got.prefill_ms == pytest.approx(20, rel=0.4)
-    assert got.decode_ms == pytest.approx(2, rel=0.4)
+    # a sleep is never shorter than asked for, and on a busy machine it may be much longer
+    assert 20 <= got.prefill_ms < 200
+    assert 2 <= got.decode_ms < got.prefill_ms
     slow = latency(model, prompt=10, context=5, new=3, threads=1, seconds=0.001)
     assert slow.prefill_runs >= 3  # not the one run that fills the time: its spread would be 0
     assert model.seen[-3:] == [6, 7, 8]  # every run starts behind the same context
