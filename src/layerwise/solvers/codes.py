@@ -1,6 +1,6 @@
 """A matrix as codes on a grid: what quantising solvers compute, the engine keeps, and packed formats store."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,8 +56,7 @@ class Codes:
 
     def to(self, device: torch.device | str) -> "Codes":
         """The same on another device."""
-        tensors = (one.to(device) for one in (self.values, self.scale, self.zero))
-        return Codes(*tensors, self.bits, self.group, self.symmetric, self.shift, self.scale_dtype)
+        return replace(self, values=self.values.to(device), scale=self.scale.to(device), zero=self.zero.to(device))
 
 
 def stacked(codes: list[Codes]) -> Codes:
@@ -65,8 +64,12 @@ def stacked(codes: list[Codes]) -> Codes:
     first = codes[0]
     if len(codes) == 1:
         return first
-    values, scale, zero = (torch.cat([getattr(one, name) for one in codes]) for name in ("values", "scale", "zero"))
-    return Codes(values, scale, zero, first.bits, first.group, first.symmetric, first.shift, first.scale_dtype)
+    return replace(
+        first,
+        values=torch.cat([one.values for one in codes]),
+        scale=torch.cat([one.scale for one in codes]),
+        zero=torch.cat([one.zero for one in codes]),
+    )
 
 
 def true_bits(bits: int, group: int, *, symmetric: bool = False, shift: bool = False, scale_bits: int = 16) -> float:
