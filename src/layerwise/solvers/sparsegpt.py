@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..passes.statistics import InputStatistics, Need
 from ..plan import Prune
-from .base import Solved
+from .base import PRUNES, Solved, Treated, prunes_of
 from .factor import Factor, factorise
 from .masking import check_weights, magnitude_solved, output_error, why_blind
 from .sweep import Sweep, sweep
@@ -33,6 +33,7 @@ class SparseGPT:
 
     name: ClassVar[str] = "sparsegpt"
     needs: ClassVar[Need] = "gram"
+    treats: ClassVar[frozenset[str]] = PRUNES
     every_pattern: ClassVar[bool] = False
 
     damp: float = 0.01  # added to the diagonal, as a share of its mean
@@ -49,18 +50,13 @@ class SparseGPT:
         self,
         weights: Sequence[Tensor],
         inputs: InputStatistics | None,
-        prunes: Sequence[Prune],
+        treatments: Sequence[Treated],
         generators: Sequence[torch.Generator],
     ) -> list[Solved]:
         """See `Solver.solve`. Raises ShapeError, or SolveError where weights are not finite or no damping helps."""
         if inputs is None:
             raise ConfigError("SparseGPT needs calibration data: give inputs, or use the solver magnitude.")
-        for prune in prunes:
-            if prune.pattern != "unstructured" and not prune.nm:
-                raise ConfigError(
-                    f'SparseGPT cannot prune in the pattern "{prune.pattern}", only unstructured and n:m.'
-                    " The solvers magnitude, wanda and random can."
-                )
+        prunes = prunes_of(self, treatments)
         check_weights(weights, inputs)
         if note := why_blind(inputs):
             return [magnitude_solved(w, prune, "layer", note) for w, prune in zip(weights, prunes, strict=True)]
