@@ -6,6 +6,7 @@ from typing import Any
 from ..settings import build
 from .base import Solved, Solver
 from .codes import Codes
+from .gptq import GPTQ
 from .hqq import HQQ
 from .magnitude import Magnitude
 from .random import Random
@@ -14,6 +15,7 @@ from .sparsegpt import SparseGPT
 from .wanda import Wanda
 
 __all__ = [
+    "GPTQ",
     "HQQ",
     "SOLVERS",
     "Codes",
@@ -34,6 +36,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "sparsegpt": SparseGPT,
     "round_to_nearest": RoundToNearest,
     "hqq": HQQ,
+    "gptq": GPTQ,
 }
 
 

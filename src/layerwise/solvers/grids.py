@@ -85,7 +85,7 @@ def _of_range(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         return scale, shift_zero(low, scale, grid.scale_dtype)
     low, high = low.clamp_max(0), high.clamp_min(0)
     scale = stored((high - low) / grid.top, grid.scale_dtype)
-    return scale, torch.round(-low / scale).clamp_(0, grid.top)
+    return scale, torch.round(-low / scale).clamp_(0, grid.top).add_(0.0)  # no negative zero
 
 
 def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:

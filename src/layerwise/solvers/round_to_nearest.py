@@ -62,12 +62,17 @@ def rounded(weight: Tensor, quantize: Quantize, grid: Grid) -> Codes:
 
 def in_groups(weight: Tensor, group: int | None) -> Tensor:
     """(rows * groups, size). Raises ShapeError where groups do not divide the inputs."""
+    check_groups(weight, group)
+    return weight.reshape(-1, group or weight.shape[1])
+
+
+def check_groups(weight: Tensor, group: int | None) -> None:
+    """Raise ShapeError where groups do not divide the inputs of a matrix."""
     columns = weight.shape[1]
     if columns % (group or columns):
         raise ShapeError(
             f"{columns} inputs do not split into groups of {group}. Take a group that divides them, or null."
         )
-    return weight.reshape(-1, group or columns)
 
 
 def coded(weight: Tensor, steps: Tensor, scale: Tensor, zero: Tensor, quantize: Quantize, grid: Grid) -> Codes:

@@ -46,8 +46,8 @@ class Wanda:
             raise ConfigError("Wanda needs calibration data: give inputs, or use the solver magnitude.")
         prunes = prunes_of(self, treatments)
         check_weights(weights, inputs)
-        if note := why_blind(inputs):
-            return [magnitude_solved(w, prune, self.compare, note) for w, prune in zip(weights, prunes, strict=True)]
+        if why := why_blind(inputs):
+            return [magnitude_solved(w, prune, self.compare, why) for w, prune in zip(weights, prunes, strict=True)]
         norms = inputs.squares.sqrt()
         if not self.reference:  # inputs that were always zero rank below all others, by magnitude among themselves
             norms = norms.clamp_min(norms.max() * 1e-20)
