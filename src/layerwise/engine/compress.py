@@ -1,8 +1,8 @@
 """`compress`: the walk, taken to its end, with what came of it."""
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,8 @@ from ..errors import DataError
 from ..passes import Forward, Waiting
 from ..plan import Plan
 from ..solvers.base import Solver
-from ..structure import Structure, structure_of
+from ..solvers.codes import Codes
+from ..structure import Structure, parameter_of, structure_of
 from ..tasks.batches import Batches, call
 from .events import BlockFinished, Event, LayerSolved, PassesWaiting
 from .walk import Settings, walk
@@ -20,7 +21,8 @@ from .walk import Settings, walk
 @dataclass(frozen=True)
 class Result:
     """What a walk did. `seconds`: collect, solve, propagate, and total wall time. `kept`: weights of the layers that the plan names
-    and leaves whole; they count in its budget."""
+    and leaves whole; they count in its budget. `codes`: of each quantized layer, on the CPU, a byte a weight; the matrices of a layer
+    (experts, groups of a convolution) row under row."""
 
     layers: tuple[LayerSolved, ...]
     seconds: dict[str, float]
@@ -28,16 +30,20 @@ class Result:
     data: dict[str, Any]
     kept: int = 0
     waiting: Waiting | None = None  # the estimate of what calibration held in memory; None without calibration
+    codes: Mapping[str, Codes] = field(default_factory=dict, repr=False, compare=False)
+    model_bits: float | None = (
+        None  # true bits per weight of the whole model, dense parts counted; None if nothing was quantized
+    )
 
     @property
     def zeros(self) -> int:
-        """Weights that are zero in the layers that were solved."""
-        return sum(layer.zeros for layer in self.layers)
+        """Weights that are zero in the layers that were pruned; in quantized ones not those that have the code of zero."""
+        return sum(layer.zeros for layer in self.layers if layer.pruned)
 
     @property
     def size(self) -> int:
-        """Weights of all layers that the plan shares its budget over, solved or kept whole."""
-        return sum(layer.size for layer in self.layers) + self.kept
+        """Weights of all layers that the plan shares its zeros over, pruned or kept whole."""
+        return sum(layer.size for layer in self.layers if layer.pruned) + self.kept
 
     @property
     def sparsity(self) -> float:
@@ -45,14 +51,32 @@ class Result:
         return self.zeros / self.size if self.size else 0.0
 
     @property
+    def bits(self) -> float | None:
+        """True bits per weight of the quantized layers, scales and zeros counted; None if there are none."""
+        known = [(layer.size, layer.bits) for layer in self.layers if layer.bits is not None]
+        return sum(size * bits for size, bits in known) / sum(size for size, _ in known) if known else None
+
+    @property
+    def nominal_bits(self) -> float | None:
+        """Bits of the codes alone."""
+        known = [(codes.values.numel(), codes.bits) for codes in self.codes.values()]
+        return sum(size * bits for size, bits in known) / sum(size for size, _ in known) if known else None
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know: fallbacks, raised dampings, experts without tokens; with the layer's name."""
         return tuple(f"{layer.layer}: {note}" for layer in self.layers for note in layer.notes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Plain values for JSON: everything but the codes."""
+        plain = asdict(replace(self, codes={}))
+        del plain["codes"]
+        for layer in plain["layers"]:
+            del layer["codes"]
         return {
-            **asdict(self),
+            **plain,
+            "bits": self.bits,
+            "nominal_bits": self.nominal_bits,
             "zeros": self.zeros,
             "size": self.size,
             "sparsity": self.sparsity,
@@ -81,13 +105,16 @@ def compress(
     started = time.perf_counter()
     structure = structure or structure_of(model, include=["*"])
     layers: list[LayerSolved] = []
+    codes: dict[str, Codes] = {}
     waiting: Waiting | None = None
     seconds = {"collect": 0.0, "solve": 0.0, "propagate": 0.0}
     for event in walk(model, plan, solver, data, settings=settings, structure=structure, forward=forward):
         if progress is not None:
             progress(event)
         if isinstance(event, LayerSolved):
-            layers.append(event)
+            layers.append(replace(event, codes=None))
+            if event.codes is not None:
+                codes[event.layer] = event.codes
         elif isinstance(event, PassesWaiting):
             waiting = event.waiting
         elif isinstance(event, BlockFinished):
@@ -98,4 +125,24 @@ def compress(
     solved = {layer.layer for layer in layers}
     whole = plan.zeros(structure.layers).keys() - solved
     kept = sum(layer.size for layer in structure.layers if layer.name in whole)
-    return Result(tuple(layers), seconds, {"name": solver.name, **asdict(solver)}, facts, kept, waiting)  # type: ignore[call-overload]
+    return Result(
+        tuple(layers),
+        seconds,
+        {"name": solver.name, **asdict(solver)},  # type: ignore[call-overload]
+        facts,
+        kept,
+        waiting,
+        codes,
+        _model_bits(model, structure, layers) if codes else None,
+    )
+
+
+def _model_bits(model: nn.Module, structure: Structure, layers: list[LayerSolved]) -> float:
+    """True bits per parameter of the whole model: codes with their scales and zeros, everything else in its dtype; tied tensors once."""
+    dense = sum(8 * p.element_size() * p.numel() for p in model.parameters())
+    known = {layer.name: layer for layer in structure.layers}
+    for layer in layers:
+        if layer.bits is not None:
+            parameter = parameter_of(model, known[layer.layer])
+            dense += round((layer.bits - 8 * parameter.element_size()) * layer.size)
+    return dense / sum(p.numel() for p in model.parameters())

@@ -18,7 +18,7 @@ GridName = Literal["integer", "shift"]
 ScaleName = Literal["auto", "float16", "bfloat16", "float32"]
 SHRINKS = tuple(1 - step / 100 for step in range(80))  # of the range: 1, 0.99, ..., 0.21
 EXPONENT = 2.4  # of the error that the search minimises
-CHUNK = 1 << 17  # weights whose errors are summed at once: they stay in the cache over all shrinks
+CHUNK = 1 << 19  # weights whose errors are summed at once: bounds the memory, and is long enough for its operations
 
 
 @dataclass(frozen=True)
