@@ -8,6 +8,8 @@ import torch
 
 from layerwise.engine import BlockFinished, LayerSolved, Settings, compress, walk
 from layerwise.errors import ConfigError, DataError, PlanError
+from layerwise.io.load import load
+from layerwise.io.stream import load_streamed
 from layerwise.plan import CacheBits, Plan, Prune, Quantize, Treatments
 from layerwise.solvers import GPTQ, HQQ, RoundToNearest, SparseGPT, Wanda
 from layerwise.structure import from_matrices, parameter_of, structure_of
@@ -199,3 +201,20 @@ def test_gptq_without_data_names_a_solver_that_needs_none():
     model, structure, _ = setup()
     with pytest.raises(DataError, match='solver "gptq" needs calibration data; "round_to_nearest" needs none'):
         compress(model, plan_of(structure), solver=GPTQ())
+
+
+def test_codes_of_a_streamed_model_are_read_from_the_work_folder(tmp_path):
+    model, _, _ = setup()
+    model.save_pretrained(tmp_path / "dense")
+    streamed, whole = load_streamed(tmp_path / "dense"), load(tmp_path / "dense")
+    structure = structure_of(whole)
+    plan = plan_of(structure)
+    expected = compress(whole, plan, solver=HQQ())
+    result = compress(streamed, plan, solver=HQQ(), settings=Settings(work=str(tmp_path / "work")))
+    same_codes(result.codes, expected.codes)
+    assert type(result.codes) is not dict
+    assert result.model_bits == expected.model_bits
+    assert result.nominal_bits == 3
+    (tmp_path / "work" / "blocks" / f"{structure.blocks[0].name}.codes").unlink()
+    with pytest.raises(ConfigError, match=r"damaged .*Remove the work folder"):
+        result.codes[structure.layers[0].name]

@@ -1,28 +1,29 @@
 """`compress`: the walk, taken to its end, with what came of it."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from ..errors import DataError
-from ..passes import Forward, Waiting
+from ..passes import Forward, Waiting, store_of
 from ..plan import Plan
 from ..solvers.base import Solver
 from ..solvers.codes import Codes
 from ..structure import Structure, parameter_of, structure_of
 from ..tasks.batches import Batches, call
-from .events import BlockFinished, Event, LayerSolved, PassesWaiting
+from .events import BlockFinished, BlockStarted, Event, LayerSolved, PassesWaiting
 from .walk import Settings, walk
+from .work import KeptCodes, Work
 
 
 @dataclass(frozen=True)
 class Result:
     """What a walk did. `seconds`: collect, solve, propagate, and total wall time. `kept`: weights of the layers that the plan names
     and leaves whole; they count in its budget. `codes`: of each quantized layer, on the CPU, a byte a weight; the matrices of a layer
-    (experts, groups of a convolution) row under row."""
+    (experts, groups of a convolution) row under row. Of a streamed model they are read from the work folder when asked for."""
 
     layers: tuple[LayerSolved, ...]
     seconds: dict[str, float]
@@ -31,9 +32,7 @@ class Result:
     kept: int = 0
     waiting: Waiting | None = None  # the estimate of what calibration held in memory; None without calibration
     codes: Mapping[str, Codes] = field(default_factory=dict, repr=False, compare=False)
-    model_bits: float | None = (
-        None  # true bits per weight of the whole model, dense parts counted; None if nothing was quantized
-    )
+    model_bits: float | None = None  # true bits per parameter, dense parts counted; None if nothing was quantized
 
     @property
     def zeros(self) -> int:
@@ -53,14 +52,12 @@ class Result:
     @property
     def bits(self) -> float | None:
         """True bits per weight of the quantized layers, scales and zeros counted; None if there are none."""
-        known = [(layer.size, layer.bits) for layer in self.layers if layer.bits is not None]
-        return sum(size * bits for size, bits in known) / sum(size for size, _ in known) if known else None
+        return _mean([(layer.size, layer.bits) for layer in self.layers])
 
     @property
     def nominal_bits(self) -> float | None:
         """Bits of the codes alone."""
-        known = [(codes.values.numel(), codes.bits) for codes in self.codes.values()]
-        return sum(size * bits for size, bits in known) / sum(size for size, _ in known) if known else None
+        return _mean([(layer.size, layer.nominal_bits) for layer in self.layers])
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -82,6 +79,12 @@ class Result:
             "sparsity": self.sparsity,
             "notes": list(self.notes),
         }
+
+
+def _mean(bits: Sequence[tuple[int, float | None]]) -> float | None:
+    """Over (weights, bits per weight) where it is known; None if it is nowhere."""
+    known = [(size, each) for size, each in bits if each is not None]
+    return sum(size * each for size, each in known) / sum(size for size, _ in known) if known else None
 
 
 def compress(
@@ -106,6 +109,8 @@ def compress(
     structure = structure or structure_of(model, include=["*"])
     layers: list[LayerSolved] = []
     codes: dict[str, Codes] = {}
+    places: dict[str, str] = {}  # quantized layer -> block
+    streamed, block = store_of(model) is not None, ""
     waiting: Waiting | None = None
     seconds = {"collect": 0.0, "solve": 0.0, "propagate": 0.0}
     for event in walk(model, plan, solver, data, settings=settings, structure=structure, forward=forward):
@@ -114,7 +119,11 @@ def compress(
         if isinstance(event, LayerSolved):
             layers.append(replace(event, codes=None))
             if event.codes is not None:
-                codes[event.layer] = event.codes
+                places[event.layer] = block
+                if not streamed:
+                    codes[event.layer] = event.codes
+        elif isinstance(event, BlockStarted):
+            block = event.block
         elif isinstance(event, PassesWaiting):
             waiting = event.waiting
         elif isinstance(event, BlockFinished):
@@ -132,9 +141,15 @@ def compress(
         facts,
         kept,
         waiting,
-        codes,
-        _model_bits(model, structure, layers) if codes else None,
+        _kept(settings, places) if streamed and places else codes,
+        _model_bits(model, structure, layers) if places else None,
     )
+
+
+def _kept(settings: Settings | None, places: Mapping[str, str]) -> KeptCodes:
+    work = settings.work if settings else None
+    assert work is not None  # noqa: S101  (the walk has asked for it)
+    return KeptCodes(work if isinstance(work, Work) else Work(work, lock=False), places)
 
 
 def _model_bits(model: nn.Module, structure: Structure, layers: list[LayerSolved]) -> float:

@@ -34,6 +34,7 @@ class LayerSolved:
     notes: tuple[str, ...] = ()
     pruned: bool = True  # the plan prunes it: it counts in the budget of zeros
     bits: float | None = None  # true bits per weight, scales and zeros counted; None where it was not quantized
+    nominal_bits: int | None = None  # bits of its codes alone
     codes: Codes | None = field(default=None, repr=False, compare=False)  # on the CPU; its matrices row under row
 
 

@@ -172,5 +172,6 @@ def _event(
         notes=tuple(dict.fromkeys(notes)),  # a convolution in groups says the same for each of them
         pruned=way.prune is not None,
         bits=whole.bits_per_weight if whole else None,
+        nominal_bits=whole.bits if whole else None,
         codes=whole,
     )

@@ -8,8 +8,8 @@ file per block, another one for the codes of quantized layers, and beside them w
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -115,6 +115,27 @@ class Work(AbstractContextManager["Work"]):
         report = [_plain(event) for event in events]
         write_whole(self.path(block).with_suffix(".json"), json.dumps(report).encode())
 
+    def codes_of(self, block: str, layer: str) -> Codes:
+        """Those of one quantized layer of a finished block. Raises ConfigError if they cannot be read."""
+        with self._readable(block):
+            facts = {event["layer"]: event["codes"] for event in self._report(block)}
+            return self._codes(block, {layer: facts[layer]})[layer]
+
+    def _report(self, block: str) -> list[dict[str, Any]]:
+        report: list[dict[str, Any]] = json.loads(self.path(block).with_suffix(".json").read_text(encoding="utf-8"))
+        return report
+
+    @contextmanager
+    def _readable(self, block: str) -> Iterator[None]:
+        """What is wrong with the files of a block, in one line."""
+        try:
+            yield
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(
+                f"{self.path(block)}: damaged ({reason}). Remove the work folder to start again."
+            ) from error
+
     def _codes(self, block: str, facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Codes]:
         """Those of the quantized layers of a finished block. facts: what else the report says of each."""
         if not facts:
@@ -130,22 +151,33 @@ class Work(AbstractContextManager["Work"]):
 
     def read_into(self, model: nn.Module, block: str) -> list[LayerSolved]:
         """Put a finished block's weights into the model; returns what was reported about it."""
-        try:
+        with self._readable(block):
             with safe_open(self.path(block), framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  (not a dict)
                     parameter = model.get_parameter(name)
                     parameter.data.copy_(file.get_tensor(name))
-            report = json.loads(self.path(block).with_suffix(".json").read_text(encoding="utf-8"))
+            report = self._report(block)
             codes = self._codes(block, {event["layer"]: event["codes"] for event in report if event.get("codes")})
             return [
                 LayerSolved(**{**event, "notes": tuple(event["notes"]), "codes": codes.get(event["layer"])})
                 for event in report
             ]
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ConfigError(
-                f"{self.path(block)}: damaged ({reason}). Remove the work folder to start again."
-            ) from error
+
+
+class KeptCodes(Mapping[str, Codes]):
+    """Codes of the layers of finished blocks, each read from the work folder when it is asked for. places: layer -> block."""
+
+    def __init__(self, work: Work, places: Mapping[str, str]) -> None:
+        self._work, self._places = work, dict(places)
+
+    def __getitem__(self, layer: str) -> Codes:
+        return self._work.codes_of(self._places[layer], layer)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def _plain(event: LayerSolved) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class Solved:
     weight: (rows, columns) float32, zeros where pruned. keep: bool, True = kept.
     error: sum of squared changes of the outputs over the calibration tokens, ||(W - W') X||^2, or None where unknown.
     notes: what the user should know (a fallback, a raised damping), one sentence each.
-    codes: of a quantised matrix; `codes.weight()` is the weight to the bit. None where it was only pruned.
+    codes: of a quantized matrix; `codes.weight()` is the weight to the bit. None where it was only pruned.
     """
 
     weight: Tensor

@@ -1,4 +1,4 @@
-"""A matrix as codes on a grid: what quantising solvers compute, the engine keeps, and packed formats store."""
+"""A matrix as codes on a grid: what quantizing solvers compute, the engine keeps, and packed formats store."""
 
 from dataclasses import dataclass, replace
 
