@@ -136,7 +136,11 @@ def test_the_search_finds_the_best_of_all_shrinks_whatever_the_chunk(grid, monke
 def test_a_scale_that_float16_cannot_hold_is_the_nearest_that_it_can():
     tiny = torch.tensor([[-1e-7, 0.0, 5e-8, 1e-7]])
     _, _, scale, _ = rounded(tiny, Grid(4))
-    assert float(scale) == torch.finfo(torch.float16).smallest_normal
+    assert float(scale) == 2.0**-24  # the smallest
+    small = torch.linspace(-0.0025, 0.0025, 100).unsqueeze(0)  # scales below the smallest normal number
+    new, _, scale, _ = rounded(small, Grid(8))
+    assert float(scale) < torch.finfo(torch.float16).smallest_normal
+    assert float((new - small).abs().max()) < 0.6 * 0.005 / 255
     assert float(stored(torch.tensor([1e9]), torch.float16)) == torch.finfo(torch.float16).max
     assert float(stored(torch.tensor([0.0]), torch.float16)) == 1
 

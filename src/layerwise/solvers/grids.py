@@ -89,9 +89,12 @@ def _of_range(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale as it will be stored, float32; one that would be stored as zero or infinity is the nearest that is not, 0 becomes 1."""
+    """The scale as it will be stored, float32; one that would be stored as zero or infinity is the nearest that is not, 0 becomes 1.
+
+    Subnormal ones stay: 8 bits over weights within 0.008 need them in float16, and codes are taken on the rounded scale.
+    """
     limits = torch.finfo(dtype)
-    kept = scale.clamp(limits.smallest_normal, limits.max).to(dtype).float()
+    kept = scale.clamp(limits.smallest_normal * limits.eps, limits.max).to(dtype).float()
     return torch.where(scale > 0, kept, torch.ones_like(scale))
 
 
