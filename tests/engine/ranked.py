@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from layerwise.engine import Ranks, Settings, compress
-from layerwise.plan import Plan, Prune
+from layerwise.plan import Plan, Prune, Quantize
 from layerwise.solvers import SOLVERS
 from layerwise.structure import parameter_of, structure_of
 from layerwise.tasks.batches import Batches
@@ -54,10 +54,13 @@ def main(name: str, solver: str, out: str) -> None:
         model = MODELS[name]().eval()
         data = Batches(tuple(inputs_for(name, model, seed=seed) for seed in range(5)), {})
     structure = structure_of(model)
-    plan = Plan(layers={layer.name: Prune(sparsity=0.6) for layer in structure.layers})
+    way = Quantize(bits=3, group=8) if "quantize" in SOLVERS[solver].treats else Prune(sparsity=0.6)
+    plan = Plan(layers={layer.name: way for layer in structure.layers})
     result = compress(model, plan, solver=SOLVERS[solver](), data=data, settings=Settings(work=f"{out}.work"))
     assert len(result.layers) == len(structure.layers)
     weights = {layer.name: parameter_of(model, layer).detach().contiguous() for layer in structure.layers}
+    for name, codes in result.codes.items():
+        weights |= {f"{name} {part}": getattr(codes, part) for part in ("values", "scale", "zero")}
     if ranks.size > 1:  # every rank ends with the same model
         for weight in weights.values():
             mine = weight.clone()

@@ -53,6 +53,7 @@ class Recording:
     """A solver that keeps the weight and the statistics it was shown of each matrix, and solves as another does."""
 
     name: ClassVar[str] = "recording"
+    treats: ClassVar[frozenset] = frozenset({"prune"})
     every_pattern: ClassVar[bool] = True
 
     def __init__(self, solver):

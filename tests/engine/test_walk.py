@@ -70,6 +70,7 @@ class Recorder:
 
     name: ClassVar[str] = "recorder"
     needs: ClassVar[str] = "gram"
+    treats: ClassVar[frozenset] = frozenset({"prune"})
     every_pattern: ClassVar[bool] = True
     seen: list = dataclasses.field(default_factory=list)
 
@@ -379,11 +380,9 @@ def test_bad_requests_are_refused_before_any_work(tmp_path):
     before = weights(model, structure)
     with pytest.raises(DataError, match="needs calibration data"):
         compress(model, plan, solver=Wanda())
-    with pytest.raises(PlanError, match="quantize cannot be applied"):
-        quantize = Plan.model_validate(
-            {"layers": {"model.layers.0.mlp.up_proj": {"quantize": {"bits": 4, "group": 32}}}}
-        )
-        compress(model, quantize, solver=Wanda(), data=data)
+    with pytest.raises(PlanError, match="factorize cannot be applied by this version; it applies prune and quantize"):
+        factorize = Plan.model_validate({"layers": {"model.layers.0.mlp.up_proj": {"factorize": {"block": 4}}}})
+        compress(model, factorize, solver=Wanda(), data=data)
     with pytest.raises(PlanError, match=r'Did you mean "model.layers.0.mlp.gate_proj"'):
         compress(model, Plan(layers={"model.layers.0.mlp.gate": Prune(sparsity=0.5)}), solver=Wanda(), data=data)
     with pytest.raises(PlanError, match="multiplies no input"):

@@ -78,7 +78,8 @@ Keep = Annotated[
 
 # how: the weights, and the judgement
 _SOLVERS = "magnitude, random, wanda, sparsegpt.  [dim]default: wanda[/]"
-Solver = Annotated[str | None, _option(HOW, "NAME", f"What computes the new weights: {_SOLVERS}")]
+_QUANTIZERS = "For a plan of bits: round_to_nearest, hqq, gptq.  [dim]default: gptq[/]"
+Solver = Annotated[str | None, _option(HOW, "NAME", f"What computes the new weights: {_SOLVERS} {_QUANTIZERS}")]
 Solvers = Annotated[str | None, _option(HOW, "A,B,…", f"Solvers: {_SOLVERS}", "--solver")]
 SolverSet = Annotated[
     list[str] | None, _option(HOW, "NAME=VALUE", "A setting of the solver, e.g. damp=0.1 (repeatable).")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..methods import Method
     from ..solvers import Solver
 
-DEFAULT_METHOD, DEFAULT_SOLVER = "uniform", "wanda"
+DEFAULT_METHOD, DEFAULT_SOLVER, DEFAULT_QUANTIZER = "uniform", "wanda", "gptq"
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,14 @@ class MethodChoice:
         return self.sparsity
 
 
-def solver_of(name: str | None, settings: Sequence[str], planned: dict[str, Any] | None = None) -> "Solver":
-    """The solver asked for, else the plan's, else wanda. Raises ConfigError."""
+def solver_of(
+    name: str | None, settings: Sequence[str], planned: dict[str, Any] | None = None, *, quantizes: bool = False
+) -> "Solver":
+    """The solver asked for, else the plan's, else gptq for a plan that quantizes, wanda for others. Raises ConfigError."""
     from ..solvers import solver_from
 
-    chosen = {"name": name or DEFAULT_SOLVER} if name or not planned else dict(planned)
+    usual = DEFAULT_QUANTIZER if quantizes else DEFAULT_SOLVER
+    chosen = {"name": name or usual} if name or not planned else dict(planned)
     return solver_from({**chosen, **pairs(settings, "--solver-set")})
 
 

@@ -1,26 +1,29 @@
 """`compress`: the walk, taken to its end, with what came of it."""
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from ..errors import DataError
-from ..passes import Forward, Waiting
+from ..passes import Forward, Waiting, store_of
 from ..plan import Plan
 from ..solvers.base import Solver
-from ..structure import Structure, structure_of
+from ..solvers.codes import Codes
+from ..structure import Structure, parameter_of, structure_of
 from ..tasks.batches import Batches, call
-from .events import BlockFinished, Event, LayerSolved, PassesWaiting
+from .events import BlockFinished, BlockStarted, Event, LayerSolved, PassesWaiting
 from .walk import Settings, walk
+from .work import KeptCodes, Work
 
 
 @dataclass(frozen=True)
 class Result:
     """What a walk did. `seconds`: collect, solve, propagate, and total wall time. `kept`: weights of the layers that the plan names
-    and leaves whole; they count in its budget."""
+    and leaves whole; they count in its budget. `codes`: of each quantized layer, on the CPU, a byte a weight; the matrices of a layer
+    (experts, groups of a convolution) row under row. Of a streamed model they are read from the work folder when asked for."""
 
     layers: tuple[LayerSolved, ...]
     seconds: dict[str, float]
@@ -28,16 +31,18 @@ class Result:
     data: dict[str, Any]
     kept: int = 0
     waiting: Waiting | None = None  # the estimate of what calibration held in memory; None without calibration
+    codes: Mapping[str, Codes] = field(default_factory=dict, repr=False, compare=False)
+    model_bits: float | None = None  # true bits per parameter, dense parts counted; None if nothing was quantized
 
     @property
     def zeros(self) -> int:
-        """Weights that are zero in the layers that were solved."""
-        return sum(layer.zeros for layer in self.layers)
+        """Weights that are zero in the layers that were pruned; in quantized ones not those that have the code of zero."""
+        return sum(layer.zeros for layer in self.layers if layer.pruned)
 
     @property
     def size(self) -> int:
-        """Weights of all layers that the plan shares its budget over, solved or kept whole."""
-        return sum(layer.size for layer in self.layers) + self.kept
+        """Weights of all layers that the plan shares its zeros over, pruned or kept whole."""
+        return sum(layer.size for layer in self.layers if layer.pruned) + self.kept
 
     @property
     def sparsity(self) -> float:
@@ -45,19 +50,41 @@ class Result:
         return self.zeros / self.size if self.size else 0.0
 
     @property
+    def bits(self) -> float | None:
+        """True bits per weight of the quantized layers, scales and zeros counted; None if there are none."""
+        return _mean([(layer.size, layer.bits) for layer in self.layers])
+
+    @property
+    def nominal_bits(self) -> float | None:
+        """Bits of the codes alone."""
+        return _mean([(layer.size, layer.nominal_bits) for layer in self.layers])
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know: fallbacks, raised dampings, experts without tokens; with the layer's name."""
         return tuple(f"{layer.layer}: {note}" for layer in self.layers for note in layer.notes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Plain values for JSON: everything but the codes."""
+        plain = asdict(replace(self, codes={}))
+        del plain["codes"]
+        for layer in plain["layers"]:
+            del layer["codes"]
         return {
-            **asdict(self),
+            **plain,
+            "bits": self.bits,
+            "nominal_bits": self.nominal_bits,
             "zeros": self.zeros,
             "size": self.size,
             "sparsity": self.sparsity,
             "notes": list(self.notes),
         }
+
+
+def _mean(bits: Sequence[tuple[int, float | None]]) -> float | None:
+    """Over (weights, bits per weight) where it is known; None if it is nowhere."""
+    known = [(size, each) for size, each in bits if each is not None]
+    return sum(size * each for size, each in known) / sum(size for size, _ in known) if known else None
 
 
 def compress(
@@ -81,13 +108,22 @@ def compress(
     started = time.perf_counter()
     structure = structure or structure_of(model, include=["*"])
     layers: list[LayerSolved] = []
+    codes: dict[str, Codes] = {}
+    places: dict[str, str] = {}  # quantized layer -> block
+    streamed, block = store_of(model) is not None, ""
     waiting: Waiting | None = None
     seconds = {"collect": 0.0, "solve": 0.0, "propagate": 0.0}
     for event in walk(model, plan, solver, data, settings=settings, structure=structure, forward=forward):
         if progress is not None:
             progress(event)
         if isinstance(event, LayerSolved):
-            layers.append(event)
+            layers.append(replace(event, codes=None))
+            if event.codes is not None:
+                places[event.layer] = block
+                if not streamed:
+                    codes[event.layer] = event.codes
+        elif isinstance(event, BlockStarted):
+            block = event.block
         elif isinstance(event, PassesWaiting):
             waiting = event.waiting
         elif isinstance(event, BlockFinished):
@@ -98,4 +134,30 @@ def compress(
     solved = {layer.layer for layer in layers}
     whole = plan.zeros(structure.layers).keys() - solved
     kept = sum(layer.size for layer in structure.layers if layer.name in whole)
-    return Result(tuple(layers), seconds, {"name": solver.name, **asdict(solver)}, facts, kept, waiting)  # type: ignore[call-overload]
+    return Result(
+        tuple(layers),
+        seconds,
+        {"name": solver.name, **asdict(solver)},  # type: ignore[call-overload]
+        facts,
+        kept,
+        waiting,
+        _kept(settings, places) if streamed and places else codes,
+        _model_bits(model, structure, layers) if places else None,
+    )
+
+
+def _kept(settings: Settings | None, places: Mapping[str, str]) -> KeptCodes:
+    work = settings.work if settings else None
+    assert work is not None  # noqa: S101  (the walk has asked for it)
+    return KeptCodes(work if isinstance(work, Work) else Work(work, lock=False), places)
+
+
+def _model_bits(model: nn.Module, structure: Structure, layers: list[LayerSolved]) -> float:
+    """True bits per parameter of the whole model: codes with their scales and zeros, everything else in its dtype; tied tensors once."""
+    dense = sum(8 * p.element_size() * p.numel() for p in model.parameters())
+    known = {layer.name: layer for layer in structure.layers}
+    for layer in layers:
+        if layer.bits is not None:
+            parameter = parameter_of(model, known[layer.layer])
+            dense += round((layer.bits - 8 * parameter.element_size()) * layer.size)
+    return dense / sum(p.numel() for p in model.parameters())

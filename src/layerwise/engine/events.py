@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..passes import Waiting
+from ..solvers.codes import Codes
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,14 @@ class LayerSolved:
 
     layer: str
     size: int
-    zeros: int  # exact count in the new weight
+    zeros: int  # exact count in the new weight; in a quantized layer those that were pruned, since codes of 0 are no sparsity
     error: float | None = None  # ||(W - W') X||^2 over ||W X||^2, summed over calibration tokens; None where unknown
     tokens: int | None = None  # calibration tokens that reached it (the fewest over its experts); None without data
     notes: tuple[str, ...] = ()
+    pruned: bool = True  # the plan prunes it: it counts in the budget of zeros
+    bits: float | None = None  # true bits per weight, scales and zeros counted; None where it was not quantized
+    nominal_bits: int | None = None  # bits of its codes alone
+    codes: Codes | None = field(default=None, repr=False, compare=False)  # on the CPU; its matrices row under row
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Solving the layers of one block: those that share an input together, each written back in its own storage."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -8,9 +9,10 @@ from torch import Tensor, nn
 
 from ..errors import LayerwiseError, SolveError
 from ..passes import InputStatistics, SharedInput
-from ..plan import Prune
+from ..plan import Prune, Treatments
 from ..randomness import generator_for
 from ..solvers.base import Solved, Solver
+from ..solvers.codes import stacked
 from ..solvers.select import spread
 from ..structure import Layer, as_matrices, from_matrices, parameter_of
 from .events import LayerSolved
@@ -29,7 +31,7 @@ class Group(Protocol):
 def solve_groups(
     model: nn.Module,
     groups: Sequence[SharedInput],
-    prunes: Mapping[str, Prune],
+    ways: Mapping[str, Treatments],
     solver: Solver,
     seed: int,
     ranks: Ranks,
@@ -39,7 +41,7 @@ def solve_groups(
     owners = ranks.owners(costs)
     found: list[list[LayerSolved]] = []
     for group, owner in zip(groups, owners, strict=True):
-        found.append(solve_group(model, group, prunes, solver, seed) if owner == ranks.rank else [])
+        found.append(solve_group(model, group, ways, solver, seed) if owner == ranks.rank else [])
     for group, owner, events in zip(groups, owners, found, strict=True):
         for layer in group.layers:
             ranks.share(parameter_of(model, layer).data, owner)
@@ -47,14 +49,15 @@ def solve_groups(
 
 
 def solve_group(
-    model: nn.Module, group: Group, prunes: Mapping[str, Prune], solver: Solver, seed: int
+    model: nn.Module, group: Group, ways: Mapping[str, Treatments], solver: Solver, seed: int
 ) -> list[LayerSolved]:
     """Solve the layers of one input together, matrix by matrix (one for a linear, one per group or expert otherwise)."""
     first = group.layers[0]
     try:
         statistics = group.statistics() if solver.needs != "none" else [None] * first.matrices
         weights = [as_matrices(parameter_of(model, layer).detach(), layer).float() for layer in group.layers]
-        shares = [per_matrix(layer, prunes[layer.name]) for layer in group.layers]
+        shares = [_each_matrix(layer, ways[layer.name]) for layer in group.layers]
+        solver = _for_dtype(solver, parameter_of(model, first).dtype)
         new = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
         solved: list[list[Solved]] = []
         sizes: list[list[float | None]] = []
@@ -74,7 +77,14 @@ def solve_group(
         parameter = parameter_of(model, layer)
         _store(parameter, from_matrices(new[position], layer), layer)
         events.append(
-            _event(layer, parameter, [s[position] for s in solved], [s[position] for s in sizes], statistics, solver)
+            _event(
+                layer,
+                ways[layer.name],
+                parameter,
+                [s[position] for s in solved],
+                [s[position] for s in sizes],
+                statistics if solver.needs != "none" else None,
+            )
         )
     return events
 
@@ -87,6 +97,20 @@ def per_matrix(layer: Layer, prune: Prune) -> list[Prune]:
     each, wanted = layer.rows * layer.columns // unit, prune.zeros(layer.size, layer.rows, layer.columns) // unit
     counts = spread(wanted, [each] * layer.matrices)
     return [Prune(sparsity=count / each, pattern=prune.pattern) for count in counts]
+
+
+def _each_matrix(layer: Layer, way: Treatments) -> list[Treatments]:
+    """What each matrix of the layer gets: its share of the zeros, and the same bits for all."""
+    if way.prune is None or way.prune.sparsity == 0:
+        return [way] * layer.matrices
+    return [way.model_copy(update={"prune": prune}) for prune in per_matrix(layer, way.prune)]
+
+
+def _for_dtype(solver: Solver, dtype: torch.dtype) -> Solver:
+    """The solver with `scales="auto"` decided: a packed checkpoint of this dtype is loaded with its scales in it. float16 is in float32."""
+    if getattr(solver, "scales", None) != "auto":
+        return solver
+    return replace(solver, scales="bfloat16" if dtype == torch.bfloat16 else "float16")  # type: ignore[type-var]
 
 
 def _store(parameter: Tensor, new: Tensor, layer: Layer) -> None:
@@ -122,12 +146,13 @@ def _output_sizes(weights: Sequence[Tensor], inputs: InputStatistics | None) -> 
 
 def _event(
     layer: Layer,
+    way: Treatments,
     parameter: Tensor,
     solved: Sequence[Solved],
     sizes: Sequence[float | None],
-    statistics: Sequence[InputStatistics | None],
-    solver: Solver,
+    statistics: Sequence[InputStatistics | None] | None,
 ) -> LayerSolved:
+    """statistics: None for a solver that looks at none."""
     errors, total = [one.error for one in solved], sum(size or 0.0 for size in sizes)
     known = [error for error in errors if error is not None]
     notes = [
@@ -135,11 +160,18 @@ def _event(
         for index, one in enumerate(solved)
         for note in one.notes
     ]
+    codes = [one.codes.to("cpu") for one in solved if one.codes is not None]
+    whole = stacked(codes) if codes else None
+    pruned = sum(one.keep.numel() - int(torch.count_nonzero(one.keep)) for one in solved)
     return LayerSolved(
         layer=layer.name,
         size=layer.size,
-        zeros=layer.size - int(torch.count_nonzero(parameter)),
+        zeros=layer.size - int(torch.count_nonzero(parameter)) if whole is None else pruned,
         error=sum(known) / total if known and total > 0 else None,
-        tokens=min((one.tokens if one else 0) for one in statistics) if solver.needs != "none" else None,
+        tokens=None if statistics is None else min((one.tokens if one else 0) for one in statistics),
         notes=tuple(dict.fromkeys(notes)),  # a convolution in groups says the same for each of them
+        pruned=way.prune is not None,
+        bits=whole.bits_per_weight if whole else None,
+        nominal_bits=whole.bits if whole else None,
+        codes=whole,
     )

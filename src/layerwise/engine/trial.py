@@ -70,12 +70,12 @@ class Trials:
         return result.notes
 
     def _by_masks(self, plan: Plan) -> tuple[str, ...]:
-        prunes = check(plan, self.structure)
-        check_solver(self.solver, prunes, self.structure, self.data)
+        ways = check(plan, self.structure)
+        check_solver(self.solver, ways, self.structure, self.data)
         notes: list[str] = []
         for layer in self.structure.layers:
-            if layer.name in prunes:
+            if layer.name in ways:
                 group = _Known([layer], self._known.get(layer.name, [None] * layer.matrices))
-                for event in solve_group(self.model, group, prunes, self.solver, self.settings.seed):
+                for event in solve_group(self.model, group, ways, self.solver, self.settings.seed):
                     notes += [f"{event.layer}: {note}" for note in event.notes]
         return tuple(notes)

@@ -18,8 +18,8 @@ from torch import nn
 
 from ..errors import ConfigError, DataError, PlanError, WalkError
 from ..passes import Collector, Forward, Pass, PausedPasses, SharedInput, at_hand, spilling, store_of, waiting_of
-from ..plan import Plan, Prune
-from ..solvers.base import Solver
+from ..plan import Plan, Treatments
+from ..solvers.base import Solver, refusal
 from ..structure import Layer, Structure, structure_of
 from ..tasks.batches import Batch, Batches, call
 from ..version import __version__
@@ -58,7 +58,7 @@ class Unit:
     """What the walk stops at: a block, or a module outside every block that owns a layer."""
 
     name: str
-    layers: tuple[Layer, ...]  # those the plan prunes
+    layers: tuple[Layer, ...]  # those that the plan treats
 
 
 def walk(
@@ -81,9 +81,9 @@ def walk(
         raise ConfigError(f"solver={solver!r}: give a solver, such as layerwise.solvers.Wanda().")
     settings = settings or Settings()
     structure = structure or structure_of(model, include=["*"])
-    prunes = check(plan, structure)
-    units = units_of(model, structure, prunes)
-    check_solver(solver, prunes, structure, data)
+    ways = check(plan, structure)
+    units = units_of(model, structure, ways)
+    check_solver(solver, ways, structure, data)
     ranks = Ranks() if settings.alone else Ranks.current()
     if store_of(model) is not None and not settings.work:
         raise ConfigError("a streamed model needs a work folder to keep its finished blocks in: Settings(work=...).")
@@ -91,7 +91,7 @@ def walk(
         if work is not None:
             key = run_key(model, plan, solver, data, settings, structure)
             ranks.first_alone(partial(work.begin, key))
-        steps = _Steps(model, prunes, solver, settings, ranks, work, len(units))
+        steps = _Steps(model, ways, solver, settings, ranks, work, len(units))
         if solver.needs == "none" or data is None:
             for index, unit in enumerate(units):
                 yield from steps.without_data(unit, index)
@@ -100,44 +100,48 @@ def walk(
             yield from _with_data(model, units, ranks.share_of(data), steps, forward)
 
 
-def check(plan: Plan, structure: Structure) -> dict[str, Prune]:
-    """Layer name -> what to prune, for layers that lose something. Raises PlanError with everything that does not fit."""
+def check(plan: Plan, structure: Structure) -> dict[str, Treatments]:
+    """Layer name -> what is done to its weights, for layers that lose something. Raises PlanError with everything that does not fit.
+
+    What a plan says of the KV cache is for whoever runs the model.
+    """
     plan.check(structure.layers, blocks=[block.name for block in structure.blocks], fingerprint=structure.fingerprint)
     other = [
-        f'plan: layer "{name}": {field} cannot be applied by this version; it applies prune.'
+        f'plan: layer "{name}": {field} cannot be applied by this version; it applies prune and quantize.'
         for name, treatments in plan.layers.items()
-        for field in sorted(treatments.model_fields_set - {"prune"})
+        for field in sorted(treatments.model_fields_set - {"prune", "quantize", "cache"})
         if getattr(treatments, field) is not None
     ]
     if other:
         raise PlanError(other)
-    return {name: t.prune for name, t in plan.layers.items() if t.prune and t.prune.sparsity > 0}
+    chosen = {name: (t.prune, t.quantize) for name, t in plan.layers.items()}
+    return {
+        name: Treatments(prune=prune, quantize=quantize)
+        for name, (prune, quantize) in chosen.items()
+        if quantize or (prune and prune.sparsity > 0)
+    }
 
 
-def check_solver(solver: Solver, prunes: Mapping[str, Prune], structure: Structure, data: Batches | None) -> None:
+def check_solver(solver: Solver, ways: Mapping[str, Treatments], structure: Structure, data: Batches | None) -> None:
     """Raise DataError or PlanError unless this solver can do all of it: what would stop the last block stops the first."""
-    if solver.needs != "none" and prunes and (data is None or len(data) == 0):
-        raise DataError(f'solver "{solver.name}" needs calibration data; "magnitude" needs none.')
+    blindly = '"round_to_nearest" or "hqq"' if "quantize" in solver.treats else '"magnitude" or "random"'
+    if solver.needs != "none" and ways and (data is None or len(data) == 0):
+        raise DataError(f'solver "{solver.name}" needs calibration data; {blindly.split(" ")[0]} needs none.')
     kinds = {layer.name: layer.kind for layer in structure.layers}
-    if solver.needs != "none" and (blind := [n for n in prunes if kinds[n] in ("embedding", "table")]):
+    if solver.needs != "none" and (blind := [n for n in ways if kinds[n] in ("embedding", "table")]):
         raise PlanError(
             f'plan: layer "{blind[0]}" multiplies no input, so solver "{solver.name}" has nothing to look at ({len(blind)} such'
-            ' layers). Leave it out, or use "magnitude" or "random".'
+            f" layers). Leave it out, or use {blindly}."
         )
-    fixed = [n for n, prune in prunes.items() if prune.pattern != "unstructured" and not prune.nm]
-    if fixed and not solver.every_pattern:
-        raise PlanError(
-            f'plan: layer "{fixed[0]}": solver "{solver.name}" prunes unstructured and n:m alone, not in the pattern'
-            f' "{prunes[fixed[0]].pattern}" ({len(fixed)} such layers). Use "magnitude", "wanda" or "random".'
-        )
+    if refused := {name: why for name, way in ways.items() if (why := refusal(solver, way))}:
+        name, why = next(iter(refused.items()))
+        raise PlanError(f'plan: layer "{name}": {why} ({len(refused)} such layers).')
 
 
-def units_of(model: nn.Module, structure: Structure, prunes: Mapping[str, Prune]) -> list[Unit]:
-    """Every block, pruned or not (passes must be able to stop there), and the modules outside blocks of which a layer is."""
+def units_of(model: nn.Module, structure: Structure, ways: Mapping[str, Treatments]) -> list[Unit]:
+    """Every block, treated or not (passes must be able to stop there), and the modules outside blocks of which a layer is."""
     lone = structure.lone
-    units = [
-        Unit(b.name, tuple(layer for layer in b.layers if layer.name in prunes)) for b in (*lone, *structure.blocks)
-    ]
+    units = [Unit(b.name, tuple(layer for layer in b.layers if layer.name in ways)) for b in (*lone, *structure.blocks)]
     return [unit for index, unit in enumerate(units) if unit.layers or index >= len(lone)]
 
 
@@ -202,7 +206,7 @@ class _Steps:
     """What is done at one unit."""
 
     model: nn.Module
-    prunes: Mapping[str, Prune]
+    ways: Mapping[str, Treatments]
     solver: Solver
     settings: Settings
     ranks: Ranks
@@ -266,7 +270,7 @@ class _Steps:
 
     def _solve(self, unit: Unit, groups: list[SharedInput], module: nn.Module) -> Iterator[LayerSolved]:
         solved = []
-        for event in solve_groups(self.model, groups, self.prunes, self.solver, self.settings.seed, self.ranks):
+        for event in solve_groups(self.model, groups, self.ways, self.solver, self.settings.seed, self.ranks):
             solved.append(event)
             yield event
         if self.work and unit.layers and self.ranks.rank == 0:

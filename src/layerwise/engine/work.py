@@ -1,26 +1,31 @@
 """The work folder: every finished block is written to it at once, so that a killed run goes on where it was.
 
 `run.json` says which run it belongs to; a folder of another run is refused, with the difference. `blocks/` has one safetensors
-file per block and beside it what was reported about its layers. Files appear whole (written aside, synced, renamed). `lock` is
-there while a run is at work: a second one with the same folder is refused.
+file per block, another one for the codes of quantized layers, and beside them what was reported about its layers. Files appear whole
+(written aside, synced, renamed). `lock` is there while a run is at work: a second one with the same folder is refused.
 """
 
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import ConfigError, OutputError, SaveError
 from ..files import into_place, whole_file
+from ..solvers.codes import Codes
 from .events import LayerSolved
 from .lock import FileLock
+
+PARTS = ("values", "scale", "zero")  # the tensors of codes
 
 
 class Work(AbstractContextManager["Work"]):
@@ -92,37 +97,109 @@ class Work(AbstractContextManager["Work"]):
     def path(self, block: str) -> Path:
         return self.folder / "blocks" / f"{block}.safetensors"
 
+    def _codes_path(self, block: str) -> Path:
+        return self.folder / "blocks" / f"{block}.codes"
+
     def finished(self, block: str) -> bool:
         """The report is written last: where it is, the weights are whole."""
         return self.path(block).with_suffix(".json").exists()
 
     def write(self, block: str, tensors: Mapping[str, Tensor], events: Sequence[LayerSolved]) -> None:
         """tensors: full parameter name -> weight."""
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        partial = self.path(block).with_suffix(".partial")
-        try:
-            save_file(whole, partial, metadata={"format": "pt"})
-            into_place(partial, self.path(block))
-        except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
-            partial.unlink(missing_ok=True)
-            raise SaveError(f"{self.path(block)}: cannot write: {error}.") from error
-        report = [dataclasses.asdict(event) for event in events]
+        _write_tensors(self.path(block), tensors)
+        if coded := {event.layer: event.codes for event in events if event.codes is not None}:
+            _write_tensors(
+                self._codes_path(block),
+                {f"{name}.{part}": getattr(codes, part) for name, codes in coded.items() for part in PARTS},
+            )
+        report = [_plain(event) for event in events]
         write_whole(self.path(block).with_suffix(".json"), json.dumps(report).encode())
 
-    def read_into(self, model: nn.Module, block: str) -> list[LayerSolved]:
-        """Put a finished block's weights into the model; returns what was reported about it."""
+    def codes_of(self, block: str, layer: str) -> Codes:
+        """Those of one quantized layer of a finished block. Raises ConfigError if they cannot be read."""
+        with self._readable(block):
+            facts = {event["layer"]: event["codes"] for event in self._report(block)}
+            return self._codes(block, {layer: facts[layer]})[layer]
+
+    def _report(self, block: str) -> list[dict[str, Any]]:
+        report: list[dict[str, Any]] = json.loads(self.path(block).with_suffix(".json").read_text(encoding="utf-8"))
+        return report
+
+    @contextmanager
+    def _readable(self, block: str) -> Iterator[None]:
+        """What is wrong with the files of a block, in one line."""
         try:
-            with safe_open(self.path(block), framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  (not a dict)
-                    parameter = model.get_parameter(name)
-                    parameter.data.copy_(file.get_tensor(name))
-            report = json.loads(self.path(block).with_suffix(".json").read_text(encoding="utf-8"))
-            return [LayerSolved(**{**event, "notes": tuple(event["notes"])}) for event in report]
+            yield
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(
                 f"{self.path(block)}: damaged ({reason}). Remove the work folder to start again."
             ) from error
+
+    def _codes(self, block: str, facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Codes]:
+        """Those of the quantized layers of a finished block. facts: what else the report says of each."""
+        if not facts:
+            return {}
+        with safe_open(self._codes_path(block), framework="pt") as file:
+            return {
+                name: Codes(
+                    *(file.get_tensor(f"{name}.{part}").clone() for part in PARTS),
+                    **{**of_layer, "scale_dtype": getattr(torch, of_layer["scale_dtype"])},
+                )
+                for name, of_layer in facts.items()
+            }
+
+    def read_into(self, model: nn.Module, block: str) -> list[LayerSolved]:
+        """Put a finished block's weights into the model; returns what was reported about it."""
+        with self._readable(block):
+            with safe_open(self.path(block), framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (not a dict)
+                    parameter = model.get_parameter(name)
+                    parameter.data.copy_(file.get_tensor(name))
+            report = self._report(block)
+            codes = self._codes(block, {event["layer"]: event["codes"] for event in report if event.get("codes")})
+            return [
+                LayerSolved(**{**event, "notes": tuple(event["notes"]), "codes": codes.get(event["layer"])})
+                for event in report
+            ]
+
+
+class KeptCodes(Mapping[str, Codes]):
+    """Codes of the layers of finished blocks, each read from the work folder when it is asked for. places: layer -> block."""
+
+    def __init__(self, work: Work, places: Mapping[str, str]) -> None:
+        self._work, self._places = work, dict(places)
+
+    def __getitem__(self, layer: str) -> Codes:
+        return self._work.codes_of(self._places[layer], layer)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _plain(event: LayerSolved) -> dict[str, Any]:
+    """For JSON, the tensors of the codes left out."""
+    codes, facts = event.codes, None
+    if codes is not None:
+        facts = {
+            field.name: getattr(codes, field.name) for field in dataclasses.fields(codes) if field.name not in PARTS
+        }
+        facts["scale_dtype"] = str(codes.scale_dtype).removeprefix("torch.")
+    return {**dataclasses.asdict(dataclasses.replace(event, codes=None)), "codes": facts}
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    partial = path.with_suffix(".partial")
+    try:
+        save_file(whole, partial, metadata={"format": "pt"})
+        into_place(partial, path)
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
+        partial.unlink(missing_ok=True)
+        raise SaveError(f"{path}: cannot write: {error}.") from error
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -5,18 +5,38 @@ from typing import Any
 
 from ..settings import build
 from .base import Solved, Solver
+from .codes import Codes
+from .gptq import GPTQ
+from .hqq import HQQ
 from .magnitude import Magnitude
 from .random import Random
+from .round_to_nearest import RoundToNearest
 from .sparsegpt import SparseGPT
 from .wanda import Wanda
 
-__all__ = ["SOLVERS", "Magnitude", "Random", "Solved", "Solver", "SparseGPT", "Wanda", "solver_from"]
+__all__ = [
+    "GPTQ",
+    "HQQ",
+    "SOLVERS",
+    "Codes",
+    "Magnitude",
+    "Random",
+    "RoundToNearest",
+    "Solved",
+    "Solver",
+    "SparseGPT",
+    "Wanda",
+    "solver_from",
+]
 
 SOLVERS: dict[str, type[Solver]] = {
     "magnitude": Magnitude,
     "random": Random,
     "wanda": Wanda,
     "sparsegpt": SparseGPT,
+    "round_to_nearest": RoundToNearest,
+    "hqq": HQQ,
+    "gptq": GPTQ,
 }
 
 

@@ -7,8 +7,13 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..passes.statistics import InputStatistics, Need
-from ..plan import Prune
+from ..plan import Prune, Quantize, Treatments
+from .codes import Codes
+
+Treated = Treatments | Prune | Quantize
+"""What a matrix gets; a treatment by itself will do, as in `Plan.layers`."""
 
 
 @dataclass
@@ -18,12 +23,14 @@ class Solved:
     weight: (rows, columns) float32, zeros where pruned. keep: bool, True = kept.
     error: sum of squared changes of the outputs over the calibration tokens, ||(W - W') X||^2, or None where unknown.
     notes: what the user should know (a fallback, a raised damping), one sentence each.
+    codes: of a quantized matrix; `codes.weight()` is the weight to the bit. None where it was only pruned.
     """
 
     weight: Tensor
     keep: Tensor
     error: float | None = None
     notes: tuple[str, ...] = ()
+    codes: Codes | None = None
 
 
 class Solver(Protocol):
@@ -31,13 +38,14 @@ class Solver(Protocol):
 
     name: ClassVar[str]
     needs: ClassVar[Need]
+    treats: ClassVar[frozenset[str]]  # what it can do to a matrix: "prune", "quantize"
     every_pattern: ClassVar[bool]  # False: unstructured and n:m alone
 
     def solve(
         self,
         weights: Sequence[Tensor],
         inputs: InputStatistics | None,
-        prunes: Sequence[Prune],
+        treatments: Sequence[Treated],
         generators: Sequence[torch.Generator],
     ) -> list[Solved]:
         """Solve matrices that share one input, each (rows_i, columns) float32, each with its own treatment.
@@ -45,3 +53,47 @@ class Solver(Protocol):
         `inputs` is None when `needs` is "none". Work that depends on the input alone is done once for all.
         """
         ...
+
+
+PRUNES: frozenset[str] = frozenset({"prune"})
+QUANTIZES: frozenset[str] = frozenset({"quantize"})
+
+
+def refusal(solver: Solver, treated: Treated) -> str | None:
+    """Why this solver cannot do that to a matrix, or None if it can."""
+    treatments = full(treated)
+    for field in sorted(treatments.model_fields_set - solver.treats):
+        if getattr(treatments, field) is not None:
+            return f'solver "{solver.name}" cannot {field}, only {" and ".join(sorted(solver.treats))}'
+    prune, quantize = treatments.prune, treatments.quantize
+    if prune and not solver.every_pattern and prune.pattern != "unstructured" and not prune.nm:
+        return (
+            f'solver "{solver.name}" prunes unstructured and n:m alone, not in the pattern "{prune.pattern}";'
+            ' "magnitude", "wanda" and "random" do'
+        )
+    if quantize and not 2 <= quantize.bits <= 8:
+        return f"{quantize.bits} bits: solvers quantize to 2 to 8. A layer left out of the plan keeps its bits"
+    if quantize and quantize.symmetric and not getattr(solver, "every_grid", True):
+        return f'solver "{solver.name}" moves the zero, which a symmetric grid fixes: take symmetric: false'
+    return None
+
+
+def full(treated: Treated) -> Treatments:
+    """The treatments of one matrix, from a bare one too."""
+    if isinstance(treated, Prune):
+        return Treatments(prune=treated)
+    return Treatments(quantize=treated) if isinstance(treated, Quantize) else treated
+
+
+def prunes_of(solver: Solver, treatments: Sequence[Treated]) -> list[Prune]:
+    """What a solver that only prunes does to each matrix. Raises ConfigError for what it cannot do."""
+    checked(solver, treatments)
+    return [prune for one in treatments if (prune := full(one).prune)]
+
+
+def checked(solver: Solver, treatments: Sequence[Treated]) -> list[Treatments]:
+    """All in full. Raises ConfigError for the first that this solver cannot do."""
+    for one in treatments:
+        if why := refusal(solver, one):
+            raise ConfigError(f"{why}.")
+    return [full(one) for one in treatments]

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..passes.statistics import InputStatistics, Need
-from ..plan import Prune
-from .base import Solved
+from .base import PRUNES, Solved, Treated, prunes_of
 from .masking import Compare, check_compare, check_weights, mask_all
 
 
@@ -19,6 +18,7 @@ class Magnitude:
 
     name: ClassVar[str] = "magnitude"
     needs: ClassVar[Need] = "none"
+    treats: ClassVar[frozenset[str]] = PRUNES
     every_pattern: ClassVar[bool] = True
 
     compare: Compare = "layer"  # weights compete over the whole matrix, or within each row (output)
@@ -31,9 +31,10 @@ class Magnitude:
         self,
         weights: Sequence[Tensor],
         inputs: InputStatistics | None,
-        prunes: Sequence[Prune],
+        treatments: Sequence[Treated],
         generators: Sequence[torch.Generator],
     ) -> list[Solved]:
         """See `Solver.solve`. Raises ShapeError, or SolveError for weights that are not finite."""
         check_weights(weights, inputs)
+        prunes = prunes_of(self, treatments)
         return mask_all(weights, map(torch.abs, weights), prunes, inputs, self.compare, reference=self.reference)

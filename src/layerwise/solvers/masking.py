@@ -40,21 +40,21 @@ def check_weights(weights: Sequence[Tensor], inputs: InputStatistics | None) -> 
 
 
 def why_blind(inputs: InputStatistics) -> str | None:
-    """The note for inputs that say nothing about the weights, which are then pruned by magnitude; None for useful inputs."""
+    """Why these inputs say nothing about the weights, which are then treated by themselves; None for useful inputs."""
     if not inputs.called:
         why = "the model uses its weight directly, or sent no token there"
-        return f"its module was never called on calibration data ({why}): pruned by magnitude"
+        return f"its module was never called on calibration data ({why})"
     if inputs.tokens == 0:
-        return "no calibration token reached it: pruned by magnitude"
+        return "no calibration token reached it"
     if not inputs.squares.any():
-        return "its inputs are zero on all calibration tokens: pruned by magnitude"
+        return "its inputs are zero on all calibration tokens"
     return None
 
 
-def magnitude_solved(weight: Tensor, prune: Prune, compare: Compare, note: str | None = None) -> Solved:
-    """Prune by |weight| alone."""
+def magnitude_solved(weight: Tensor, prune: Prune, compare: Compare, why: str) -> Solved:
+    """Prune by |weight| alone, and say why."""
     keep = keep_by_score(weight.abs(), prune, compare)
-    return masked(weight, keep, note=note)
+    return masked(weight, keep, note=f"{why}: pruned by magnitude")
 
 
 def mask_all(

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..passes.statistics import InputStatistics, Need
-from ..plan import Prune
-from .base import Solved
+from .base import PRUNES, Solved, Treated, prunes_of
 from .masking import check_weights, mask_all
 
 
@@ -19,16 +18,18 @@ class Random:
 
     name: ClassVar[str] = "random"
     needs: ClassVar[Need] = "none"
+    treats: ClassVar[frozenset[str]] = PRUNES
     every_pattern: ClassVar[bool] = True
 
     def solve(
         self,
         weights: Sequence[Tensor],
         inputs: InputStatistics | None,
-        prunes: Sequence[Prune],
+        treatments: Sequence[Treated],
         generators: Sequence[torch.Generator],
     ) -> list[Solved]:
         """See `Solver.solve`. Raises ShapeError, or SolveError for weights that are not finite."""
         check_weights(weights, inputs)
+        prunes = prunes_of(self, treatments)
         scores = (torch.rand(w.shape, generator=g).to(w.device) for w, g in zip(weights, generators, strict=True))
         return mask_all(weights, scores, prunes, inputs)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..passes.statistics import InputStatistics, Need
 from ..plan import Prune
-from .base import Solved
+from .base import PRUNES, Solved, Treated, prunes_of
 from .factor import Factor, factorise
 from .masking import check_weights, magnitude_solved, output_error, why_blind
 from .sweep import Sweep, sweep
@@ -33,6 +33,7 @@ class SparseGPT:
 
     name: ClassVar[str] = "sparsegpt"
     needs: ClassVar[Need] = "gram"
+    treats: ClassVar[frozenset[str]] = PRUNES
     every_pattern: ClassVar[bool] = False
 
     damp: float = 0.01  # added to the diagonal, as a share of its mean
@@ -40,30 +41,22 @@ class SparseGPT:
     reference: bool = False  # the official counts, ties and dead inputs
 
     def __post_init__(self) -> None:
-        if not (self.damp >= 0 and math.isfinite(self.damp)):
-            raise ConfigError(f"SparseGPT.damp={self.damp}: give a share of the mean input power, 0 or more.")
-        if self.block < 1:
-            raise ConfigError(f"SparseGPT.block={self.block}: give a number of columns, 1 or more.")
+        check_sweep("SparseGPT", self.damp, self.block)
 
     def solve(
         self,
         weights: Sequence[Tensor],
         inputs: InputStatistics | None,
-        prunes: Sequence[Prune],
+        treatments: Sequence[Treated],
         generators: Sequence[torch.Generator],
     ) -> list[Solved]:
         """See `Solver.solve`. Raises ShapeError, or SolveError where weights are not finite or no damping helps."""
         if inputs is None:
             raise ConfigError("SparseGPT needs calibration data: give inputs, or use the solver magnitude.")
-        for prune in prunes:
-            if prune.pattern != "unstructured" and not prune.nm:
-                raise ConfigError(
-                    f'SparseGPT cannot prune in the pattern "{prune.pattern}", only unstructured and n:m.'
-                    " The solvers magnitude, wanda and random can."
-                )
+        prunes = prunes_of(self, treatments)
         check_weights(weights, inputs)
-        if note := why_blind(inputs):
-            return [magnitude_solved(w, prune, "layer", note) for w, prune in zip(weights, prunes, strict=True)]
+        if why := why_blind(inputs):
+            return [magnitude_solved(w, prune, "layer", why) for w, prune in zip(weights, prunes, strict=True)]
         if inputs.gram is None:
             raise ConfigError('SparseGPT needs the gram of the inputs: collect statistics with needs="gram".')
         return self._solve(weights, inputs, prunes)
@@ -76,16 +69,30 @@ class SparseGPT:
         solved: dict[int, Solved] = {}
         for m in {prune.nm[1] if prune.nm else 0 for prune in prunes}:  # one sweep, unless the group sizes differ
             chosen = [i for i, prune in enumerate(prunes) if (prune.nm[1] if prune.nm else 0) == m]
-            swept = sweep([weights[i] for i in chosen], factor, [prunes[i] for i in chosen], self.block, self.reference)
+            swept = sweep(
+                [weights[i] for i in chosen],
+                factor,
+                [prunes[i] for i in chosen],
+                self.block,
+                reference=self.reference,
+            )
             for i, result in zip(chosen, swept, strict=True):
-                solved[i] = _finished(weights[i], prunes[i], result, factor, inputs, self.reference)
+                unchanged = bool(result.keep.all()) and not self.reference
+                solved[i] = finished(weights[i], result, factor, inputs, unchanged=unchanged)
         return [solved[i] for i in range(len(weights))]
 
 
-def _finished(
-    weight: Tensor, prune: Prune, swept: Sweep, factor: Factor, inputs: InputStatistics, reference: bool
-) -> Solved:
-    if swept.keep.all() and not reference:
+def check_sweep(solver: str, damp: float, block: int) -> None:
+    """Raise ConfigError unless a sweep can be made with these settings of a solver."""
+    if not (damp >= 0 and math.isfinite(damp)):
+        raise ConfigError(f"{solver}.damp={damp}: give a share of the mean input power, 0 or more.")
+    if block < 1:
+        raise ConfigError(f"{solver}.block={block}: give a number of columns, 1 or more.")
+
+
+def finished(weight: Tensor, swept: Sweep, factor: Factor, inputs: InputStatistics, *, unchanged: bool) -> Solved:
+    """The outcome of a sweep over this weight. unchanged: nothing was asked of it."""
+    if unchanged:
         return Solved(weight.clone(), swept.keep, 0.0, factor.notes)  # bit-identical, negative zeros too
     error = swept.damped_error - swept.damping_error
     # both are sums of squares; where little is left of their difference it is rounding, and the gram says it better

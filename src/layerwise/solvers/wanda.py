@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..passes.statistics import InputStatistics, Need
-from ..plan import Prune
-from .base import Solved
+from .base import PRUNES, Solved, Treated, prunes_of
 from .masking import Compare, check_compare, check_weights, magnitude_solved, mask_all, why_blind
 
 
@@ -26,6 +25,7 @@ class Wanda:
 
     name: ClassVar[str] = "wanda"
     needs: ClassVar[Need] = "squares"
+    treats: ClassVar[frozenset[str]] = PRUNES
     every_pattern: ClassVar[bool] = True
 
     compare: Compare = "row"  # the paper's finding: row for language models; layer is no worse for image models
@@ -38,15 +38,16 @@ class Wanda:
         self,
         weights: Sequence[Tensor],
         inputs: InputStatistics | None,
-        prunes: Sequence[Prune],
+        treatments: Sequence[Treated],
         generators: Sequence[torch.Generator],
     ) -> list[Solved]:
         """See `Solver.solve`. Raises ShapeError, or SolveError for weights that are not finite."""
         if inputs is None:
             raise ConfigError("Wanda needs calibration data: give inputs, or use the solver magnitude.")
+        prunes = prunes_of(self, treatments)
         check_weights(weights, inputs)
-        if note := why_blind(inputs):
-            return [magnitude_solved(w, prune, self.compare, note) for w, prune in zip(weights, prunes, strict=True)]
+        if why := why_blind(inputs):
+            return [magnitude_solved(w, prune, self.compare, why) for w, prune in zip(weights, prunes, strict=True)]
         norms = inputs.squares.sqrt()
         if not self.reference:  # inputs that were always zero rank below all others, by magnitude among themselves
             norms = norms.clamp_min(norms.max() * 1e-20)

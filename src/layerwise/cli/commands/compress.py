@@ -60,9 +60,10 @@ def compress(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Prune a model and save it as a stock folder that transformers loads. Killed and started again, it goes on.
+    """Prune or quantize a model and save it as a stock folder that transformers loads. Killed and started again, it goes on.
 
     [dim]Example:[/]  layerwise compress demo --method owl --sparsity 0.6 --solver sparsegpt -o out
+    [dim]By a plan:[/]      layerwise compress MODEL --plan plan.yaml --solver gptq --data text.jsonl -o out
     [dim]2 of every 4:[/]  layerwise compress MODEL --pattern 2:4 --data text.jsonl -o out
     [dim]Short of memory:[/]  layerwise compress MODEL --data text.jsonl --stream --spill scratch -o out
     [dim]Several processes:[/]  torchrun --nproc-per-node 2 -m layerwise compress demo -o out
@@ -80,11 +81,12 @@ def compress(
     choice = ModelChoice(model, dtype, *chosen_globs, remote_code)
     asked = MethodChoice(method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()), minutes)
     if plan is not None:
-        refuse(context, "the plan says which layers are pruned and how much (--plan)", *SHARING)
+        refuse(context, "the plan says what is done to which layers (--plan)", *SHARING)
     if stream:
         refuse(context, "streamed models are built by transformers' own classes (--stream)", "remote_code")
     given = Plan.load(plan) if plan is not None else None
-    chosen = solver_of(solver, solver_set or (), given.solver if given is not None else None)
+    quantizes = given is not None and any(one.quantize for one in given.layers.values())
+    chosen = solver_of(solver, solver_set or (), given.solver if given is not None else None, quantizes=quantizes)
     built = None if given is not None else asked.build(seed=seed, solver=chosen.name)
     where = device_of(device)
     ranks = Ranks.join(where)
@@ -143,7 +145,7 @@ class _Job:
         """The walk."""
         from ...engine import compress as run
 
-        with screen.task(f"Pruning with {self.solver.name}") as step:
+        with screen.task(f"Compressing with {self.solver.name}") as step:
             return run(
                 self.model,
                 self.plan,
@@ -159,6 +161,8 @@ class _Job:
         from ...io import load_tokenizer, save, save_whole_streamed
 
         measured = {"sparsity": result.sparsity, "seconds": result.seconds, "calibration": result.data}
+        if result.codes:
+            measured |= {"bits": result.bits, "nominal_bits": result.nominal_bits, "model_bits": result.model_bits}
         with screen.task(f"Saving to {output} and loading it back"):
             if self.stream:
                 return save_whole_streamed(
@@ -190,8 +194,13 @@ def _show(job: _Job, result: "Result", saved: "Saved", search: "Search | None", 
     seconds = result.seconds
     rows = table("", "", left=2)
     rows.show_header = False
-    count = f"{result.zeros:,} of {result.size:,} weights ({result.sparsity:.4%}), {len(result.layers)} layers"
-    rows.add_row("pruned", f"{count}; the plan keeps {result.kept:,} in other layers" if result.kept else count)
+    pruned = sum(layer.pruned for layer in result.layers)
+    if pruned or not result.codes:
+        count = f"{result.zeros:,} of {result.size:,} weights ({result.sparsity:.4%}), {pruned} layers"
+        rows.add_row("pruned", f"{count}; the plan keeps {result.kept:,} in other layers" if result.kept else count)
+    if result.codes:
+        bits = f"{result.bits:.3f} bits per weight with scales and zeros, {result.nominal_bits:.3f} without"
+        rows.add_row("quantized", f"{len(result.codes)} layers to {bits}; the whole model {result.model_bits:.3f}")
     rows.add_row("method", f"{job.plan.method.get('name', 'plan')}, solver {job.solver.name}")
     if job.data is not None:
         rows.add_row("data", escape(protocol_line(job.data)))
