@@ -98,8 +98,8 @@ Score = Annotated[
     str | None,
     typer.Option(
         metavar="SCORE",
-        help="Show this score of every block: outlier-ratio, block-influence, zeroth-order or first-order (they read data),"
-        " alpha-hill (weights alone), or snip, grasp, synflow of every layer.",
+        help="Show this score of every block: outlier-ratio, block-influence, input-modification, zeroth-order or first-order (they"
+        " read data), z-score or alpha-hill (weights alone), or snip, grasp, synflow of every layer.",
         show_default=False,
     ),
 ]
