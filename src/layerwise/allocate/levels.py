@@ -6,9 +6,9 @@ costs, so that a tie is part of the decision and not repaired afterwards.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from fractions import Fraction
 
 from ..errors import BudgetError, ConfigError, ScoreError
+from ..plan_bits import allowed
 
 Costs = Mapping[str, Mapping[int, int]]
 """Name -> level (nominal bits per weight) -> bits that the name takes there in all: whole, and more at a higher level."""
@@ -68,9 +68,11 @@ def check_levels(costs: Costs, sizes: Mapping[str, int], bits: float) -> int:
     if sizes.keys() != costs.keys():
         odd = sorted(sizes.keys() ^ costs.keys())
         raise ConfigError(f'levels: costs and sizes name different groups, such as "{odd[0]}".')
+    if not math.isfinite(bits):
+        raise ConfigError(f"bits={bits}: give a finite number of bits per weight.")
     total = sum(sizes.values())
     least, most = (sum(pick(of.values()) for of in costs.values()) for pick in (min, max))
-    budget = _whole(bits, total)
+    budget = allowed(bits, total)
     if not least <= budget or (budget > most and bits * total > most * (1 + 1e-9)):
         levels = ", ".join(map(str, sorted({level for of in costs.values() for level in of})))
         raise BudgetError(
@@ -96,13 +98,6 @@ def merged(costs: Costs, groups: Mapping[str, Iterable[str]]) -> dict[str, dict[
             raise ConfigError(f'levels: the members of "{group}" have no level in common.')
         found[group] = {level: sum(of[level] for of in inside) for level in shared}
     return found
-
-
-def _whole(bits: float, weights: int) -> int:
-    """A number of bits means the decimal that was written, and not a bit more than the rounding of a quotient."""
-    if not math.isfinite(bits):
-        raise ConfigError(f"bits={bits}: give a finite number of bits per weight.")
-    return math.floor(Fraction(repr(float(bits))) * weights * (1 + Fraction(1, 10**15)))
 
 
 def _up(bits: int, weights: int) -> float:
