@@ -88,7 +88,8 @@ def test_blocks_layers_and_both_readings():
 def test_norms_and_biases_have_no_part_in_it():
     model = MODELS["gpt2"]()
     plain = z_score(model, structure_of(model))
-    everything = structure_of(model, include=["*"])
+    everything = structure_of(model, include=["*", "*.ln_1"])
+    assert any(layer.kind == "table" for layer in everything)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "ln" in name or name.endswith("bias"):

@@ -16,6 +16,7 @@ from .gradients import gradients, hessian_products, layer_means
 from .grasp import gradient_flow, grasp_scores
 from .input_modification import input_modification, negative_cosine
 from .outlier_ratio import outlier_ratio, outlier_share
+from .output_error import output_error, output_gradients
 from .snip import connection_sensitivity, snip_scores
 from .spectra import Windows, spectrum, window_spectrum
 from .synflow import synaptic_flow, synflow_scores
@@ -98,6 +99,8 @@ __all__ = [
     "norm_from_slopes",
     "outlier_ratio",
     "outlier_share",
+    "output_error",
+    "output_gradients",
     "over_blocks",
     "share_above",
     "snip_scores",
