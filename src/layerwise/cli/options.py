@@ -61,6 +61,26 @@ Set = Annotated[
     list[str] | None,
     _option(HOW, "NAME=VALUE", "A setting of the method, e.g. spread=0.1 (repeatable).", "--set"),
 ]
+Bits = Annotated[
+    float | None,
+    _option(
+        HOW,
+        "B",
+        "Bits per weight on average, scales and zeros counted, e.g. 3.25; of uniform-bits the level.  [dim]default: the method's own[/]",
+    ),
+]
+Levels = Annotated[
+    str | None, _option(HOW, "A,B,…", "Bits that a layer can get, e.g. 2,4.  [dim]default: the method's own[/]")
+]
+For = Annotated[
+    str | None,
+    _option(
+        HOW,
+        "ENGINE",
+        "With bits: [bold]vllm[/] ties what it fuses (q, k, v; gate, up) to one level of 2, 4, 8.",
+        "--for",
+    ),
+]
 MinSparsity = Annotated[float | None, _option(HOW, "S", "No layer below this.")]
 MaxSparsity = Annotated[float | None, _option(HOW, "S", "No layer above this.")]
 Minutes = Annotated[

@@ -51,6 +51,11 @@ class LWQ(BitSettings):
             raise ConfigError(f"LWQ.spread={self.spread:g}: give 0 (neighbouring levels) to 1 (the extremes).")
         object.__setattr__(self, "needs_data", self.score == "lim")
 
+    @property
+    def draws(self) -> bool:
+        """Whether the seed matters to the method itself."""
+        return self.score == "random"
+
     def plan(self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None) -> Plan:
         """See `Method.plan`. Raises ShapeError (groups), and ScoreError for a block that has no LIM."""
         hand = dealt(self, self, model, structure)
