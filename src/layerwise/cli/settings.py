@@ -65,6 +65,14 @@ class MethodChoice:
             raise ConfigError(f"{_option_of(twice[0])} and --set {twice[0]}=: the same setting twice. Give it once.")
         return method_from(name, **{**given, **settings})
 
+    @property
+    def hands_out_bits(self) -> bool:
+        """Whether the method quantises, so that its solver must."""
+        from ..methods import METHODS
+
+        kind = METHODS.get(self.name or DEFAULT_METHOD)
+        return kind is not None and any(one.name == "bits" for one in fields(kind))  # type: ignore[arg-type]
+
     def _bits(self, name: str) -> float | int | None:
         """A whole number where the method wants one: an option cannot know which method it is for."""
         from ..methods import METHODS

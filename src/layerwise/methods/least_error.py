@@ -22,7 +22,7 @@ from ..solvers import Solver, solver_from
 from ..structure import Layer, Structure, as_matrices, parameter_of
 from ..tasks.batches import Batches
 from .base import needed
-from .handing_out import BitSettings, Hand, dealt
+from .handing_out import BitSettings, Hand, Unit, dealt
 
 Weighting = Literal["gradient", "relative", "none"]
 Rule = Literal["exact", "hull"]
@@ -38,6 +38,7 @@ class LeastError(BitSettings):
     )
     needs_data: ClassVar[bool] = True
 
+    granularity: Unit = "layer"  # what shares one level
     solver: str = "round_to_nearest"  # whose errors are measured; compress hands in its own
     weighting: Weighting = (
         "gradient"  # of outputs: by the loss's gradient, as shares of the layer's outputs, or as they are

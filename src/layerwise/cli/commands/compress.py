@@ -35,6 +35,9 @@ def compress(
     method: options.Method = None,
     sparsity: options.Sparsity = None,
     pattern: options.Pattern = None,
+    bits: options.Bits = None,
+    levels: options.Levels = None,
+    for_: options.For = None,
     set_: options.Set = None,
     min_sparsity: options.MinSparsity = None,
     max_sparsity: options.MaxSparsity = None,
@@ -78,7 +81,9 @@ def compress(
         (tuple(include or ()), tuple(exclude or ())) if plan is None else (("*",), ())
     )  # a plan names its layers itself
     choice = ModelChoice(model, dtype, *chosen_globs, remote_code)
-    asked = MethodChoice(method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()), minutes)
+    asked = MethodChoice(
+        method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()), minutes, bits, levels, for_
+    )
     if plan is not None:
         refuse(context, "the plan says which layers are pruned and how much (--plan)", *SHARING)
     if stream:
@@ -96,7 +101,7 @@ def compress(
     if chosen.needs == "none" and not (built is not None and built.needs_data):
         who = f"solver {chosen.name}" if built is None else f"method {built.name} and solver {chosen.name}"
         refuse(context, f"since {who} look{'s' if built is None else ''} at weights alone", *CALIBRATION, "spill")
-        if chosen.name != "random" and not hasattr(built, "seed"):
+        if chosen.name != "random" and not getattr(built, "draws", hasattr(built, "seed")):
             refuse(context, f"since {who} draw{'s' if built is None else ''} nothing", "seed")
     else:
         drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen)
