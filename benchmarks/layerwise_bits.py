@@ -3,9 +3,9 @@
     python benchmarks/layerwise_bits.py --bed FOLDER --work /tmp/layerwise_bits
 
 The curve of Layer-Wise Quantization (Dumitru et al. 2024): all blocks start at the high level, and the last of an order go to the low
-one. Every order has the same true bits at each point. `least-error` chooses blocks by measured errors; `least-error by layer` spends the
-same bits on layers, with the two levels or with 3 bits between. Every cell is written as soon as it is measured, so a run that was
-killed goes on.
+one. Every order has the same true bits at each point. `errors` and `divergence` are `least-error` by its two measures: it chooses
+blocks, or spends the same bits on layers, with the two levels or with 3 bits between. Every cell is written as soon as it is measured,
+so a run that was killed goes on.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from allocation import batches, mean_deviation, protocol_of
 from bed import Subject, add_arguments, perplexity, subjects
 from layerwise.errors import LayerwiseError
 from layerwise.methods.handing_out import dealt
-from layerwise.methods.least_error import measured_errors
 from layerwise.solvers import solver_from
 from lines import Lines
 from measuring import machine
@@ -39,10 +38,13 @@ ORDERS = {
     "lim reversed": {"score": "lim", "reverse": True},
     "random": {"score": "random"},
 }
-MEASURED = {
-    "least-error": {"granularity": "block"},
-    "least-error by layer": {"granularity": "layer"},
-    "least-error by layer, 3 bits too": {"granularity": "layer"},
+MEASURED = {  # order -> settings of least-error, and whether 3 bits lie between
+    "errors, blocks": ({"measure": "gradient", "granularity": "block"}, False),
+    "errors, layers": ({"measure": "gradient", "granularity": "layer"}, False),
+    "errors, layers, 3 bits too": ({"measure": "gradient", "granularity": "layer"}, True),
+    "divergence, blocks": ({"measure": "divergence", "granularity": "block"}, False),
+    "divergence, layers": ({"measure": "divergence", "granularity": "layer"}, False),
+    "divergence, layers, 3 bits too": ({"measure": "divergence", "granularity": "layer"}, True),
 }
 # SmolLM2's weights lie on a 4-bit grid of groups of 32: at 4 bits it flatters that grid
 CAVEATS = {
@@ -70,7 +72,10 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--points", type=int, default=6, help="numbers of low blocks, from none to all")
     parser.add_argument("--draws", type=int, default=5, help="random orders")
-    parser.add_argument("--weighting", choices=("gradient", "relative", "none"), default="gradient", help="of errors")
+    parser.add_argument("--measured", default="errors,divergence", help="which of the two (the second takes hours)")
+    parser.add_argument(
+        "--probes", type=int, default=4, help="samples that divergences are measured on, a pass a level each"
+    )
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=20_480, help="held-out tokens, in windows of --length")
@@ -104,8 +109,10 @@ class Bench:
 
     def __init__(self, subject: Subject, options: argparse.Namespace) -> None:
         self.subject, self.options = subject, options
-        grid = {"levels": [2, options.high], "group": options.group, "weighting": options.weighting}
+        grid = {"levels": [2, options.high], "group": options.group, "probes": options.probes}
         self.protocol = {**protocol_of(subject, options), **grid}
+        kinds = options.measured.split(",")
+        self.measured_orders = [name for name in MEASURED if name.partition(",")[0] in kinds]
         self.blocks = len(lw.structure_of(self._model()).blocks)
         self.errors = cache(self._errors)
         self.data = cache(self._data)
@@ -138,7 +145,7 @@ class Bench:
             for low in self.points():
                 # at both ends all orders are one
                 ends = low in (0, self.blocks)
-                for order in ["lim"] if ends else [*ORDERS, *MEASURED]:
+                for order in ["lim"] if ends else [*ORDERS, *self.measured_orders]:
                     for draw in range(self.options.draws if order == "random" else 1):
                         yield Cell(self.subject.name, solver, order, low, draw)
                 if low == self.points()[len(self.points()) // 2]:
@@ -179,12 +186,15 @@ class Bench:
                 bits=self.budget(cell.low), levels=levels, seed=cell.draw, **ORDERS[cell.order], **grid
             )
             return method.plan(self._model(), self.data())
-        levels = f"2,3,{self.options.high}" if "3 bits" in cell.order else levels
+        settings, three = MEASURED[cell.order]
         method = lw.methods.LeastError(
-            bits=self.budget(cell.low), levels=levels, solver=cell.solver, weighting=self.options.weighting,
-            **MEASURED[cell.order], **grid,
+            bits=self.budget(cell.low), levels=f"2,3,{self.options.high}" if three else levels, solver=cell.solver,
+            **settings, **grid,
         )  # fmt: skip
-        return method.plan_by(self._model(), dealt(method, method, self._model(), None), *self.errors(cell.solver))
+        hand = dealt(method, method, self._model(), None)
+        return method.plan_by(
+            self._model(), hand, *self.errors(cell.solver, settings["measure"], settings["granularity"])
+        )
 
     def _budget(self, low: int) -> float:
         """True bits per weight with so many blocks at the low level; blocks of unequal size by the mean block."""
@@ -195,13 +205,13 @@ class Bench:
         ]
         return ends[0] + (ends[1] - ends[0]) * low / self.blocks
 
-    def _errors(self, solver: str) -> tuple[dict[str, dict[int, float]], list[str]]:
+    def _errors(self, solver: str, measure: str, granularity: str) -> tuple[dict[str, dict[int, float]], list[str]]:
+        """By unit, at all three levels: once for every budget and choice of levels."""
         method = lw.methods.LeastError(
             bits=float(self.options.high), levels=f"2,3,{self.options.high}", nominal=True, group=self.options.group,
-            indivisible="row",
+            indivisible="row", solver=solver, measure=measure, granularity=granularity, samples=self.options.probes,
         )  # fmt: skip
-        hand = dealt(method, method, self._model(), None)
-        return measured_errors(self._model(), self.data(), hand, solver_from({"name": solver}), self.options.weighting)
+        return method.measured(self._model(), self.data(), dealt(method, method, self._model(), None))
 
     def _data(self) -> lw.Batches:
         return batches(self.subject.calibration(self.options.samples, self.options.length, 0), 0)
@@ -215,8 +225,8 @@ def report(results: Lines, shown: dict[str, Bench], options: argparse.Namespace)
         f"Protocol: {options.dtype}, losses in float32; {options.samples} x {options.length} calibration tokens, seed 0; perplexity on"
         f" up to {options.tokens} held-out tokens in windows of {options.length}; `random` is the mean ± standard deviation of"
         f" {options.draws} orders. Levels {options.high} and 2, groups of {options.group}, whole zeros. Bits are true bits per weight of"
-        " the blocks' matrices, scales and zeros counted, the same in a column. Errors are measured with the solver of the table,"
-        f" weighed by: {options.weighting}. Texts: README.md."
+        " the blocks' matrices, scales and zeros counted, the same in a column. Errors of outputs, weighed by the loss's gradient, and"
+        f" divergences of predictions, on {options.probes} samples, are measured with the solver of the table. Texts: README.md."
     )
     for model, bench in shown.items():
         dense = results[bench.key(Cell(model))]["perplexity"]
@@ -241,7 +251,7 @@ def table(results: Lines, bench: Bench, solver: str) -> Iterator[str]:
     yield f"| blocks at 2 bits | {' | '.join(map(str, points))} |"
     yield f"|---|{'--:|' * len(points)}"
     yield f"| true bits | {' | '.join(f'{one:.3f}' for one in bits)} |"
-    for order in (*ORDERS, *MEASURED):
+    for order in (*ORDERS, *bench.measured_orders):
         yield f"| {order} | {' | '.join(mean_deviation(rows(order, low)) for low in points)} |"
     same = results.of(protocol=bench.protocol, model=model, solver=solver, order="uniform 3")
     if same:

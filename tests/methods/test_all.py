@@ -57,7 +57,7 @@ ROWS = [
     Row("lwq", settings={"score": "zd", **ROWWISE}, bad={"levels": "2,9"}, word="levels", bits=True),
     Row(
         "least-error",
-        settings={"weighting": "relative", "granularity": "layer", "solver": "rounding", **ROWWISE},
+        settings={"measure": "relative", "granularity": "layer", "solver": "rounding", **ROWWISE},
         bad={"rule": "best"},
         word="rule",
         bits=True,

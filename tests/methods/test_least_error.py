@@ -1,3 +1,7 @@
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -5,11 +9,13 @@ import layerwise.solvers as solvers
 from layerwise.errors import ConfigError, ModelError
 from layerwise.methods import LWQ, LeastError
 from layerwise.methods.handing_out import dealt
-from layerwise.methods.least_error import measured_errors
+from layerwise.methods.least_error import over_units
+from layerwise.methods.level_errors import divergences, output_errors
 from layerwise.passes import collect_dense
 from layerwise.plan import Quantize
 from layerwise.scores import output_gradients
 from layerwise.structure import structure_of
+from layerwise.tasks import Yardstick
 from layerwise.tasks.batches import Batches
 from models import MODELS, inputs_for, small_llama
 from rounding import Rounding
@@ -32,7 +38,7 @@ def llama():
 
 def measured(model, data, weighting, **more):
     method = LeastError(**{**SMALL, **more})
-    return measured_errors(model, data, dealt(method, method, model, None), Rounding(), weighting)
+    return output_errors(model, data, dealt(method, method, model, None), Rounding(), weighting)
 
 
 def changed(model, layer, level):
@@ -50,7 +56,7 @@ def changed(model, layer, level):
 def test_errors_are_those_of_the_outputs(llama):
     model, data = llama
     layer = "model.layers.1.mlp.down_proj"
-    plain, notes = measured(model, data, "none", bits=4.0)
+    plain, notes = measured(model, data, "plain", bits=4.0)
     assert notes == []
     assert list(plain) == [one.name for one in structure_of(model)]
     for level in (2, 4):
@@ -70,15 +76,15 @@ def test_errors_are_those_of_the_outputs(llama):
 
 def test_the_plan_has_the_least_sum_of_all_orders(llama):
     model, data = llama
-    errors, _ = measured(model, data, "none", bits=4.0)
+    errors, _ = measured(model, data, "plain", bits=4.0)
     for bits in (3.3, 4.0, 5.0):
-        plan = LeastError(bits=bits, weighting="none", **SMALL).plan(model, data)
+        plan = LeastError(bits=bits, measure="plain", **SMALL).plan(model, data)
         plan.check(structure_of(model).layers)
 
         def summed(plan):
             return sum(errors[name][entry.quantize.bits] for name, entry in plan.layers.items())
 
-        hull = LeastError(bits=bits, weighting="none", rule="hull", **SMALL).plan(model, data)
+        hull = LeastError(bits=bits, measure="plain", rule="hull", **SMALL).plan(model, data)
         assert summed(plan) <= summed(hull)
         for seed in range(3):
             control = LWQ(bits=bits, score="random", seed=seed, granularity="layer", group=16).plan(model)
@@ -102,10 +108,11 @@ def test_blocks_and_ties_are_decided_together(llama):
 def test_errors_measured_once_serve_every_budget(llama):
     model, data = llama
     method = LeastError(bits=5.0, levels="2,3,4,8", **SMALL)
-    errors, notes = measured_errors(model, data, dealt(method, method, model, None), Rounding(), "gradient")
+    errors, notes = output_errors(model, data, dealt(method, method, model, None), Rounding(), "gradient")
     for bits in (3.5, 4.2):
         other = LeastError(bits=bits, levels="2,4", **SMALL)
-        assert other.plan_by(model, dealt(other, other, model, None), errors, notes) == other.plan(model, data)
+        hand = dealt(other, other, model, None)
+        assert other.plan_by(model, hand, over_units(hand, errors), notes) == other.plan(model, data)
 
 
 def test_experts_and_what_no_token_met():
@@ -114,7 +121,7 @@ def test_experts_and_what_no_token_met():
         ({"input_ids": inputs_for("mixtral", model)["input_ids"][:1, :1]},), {}
     )  # one token, two of four experts
     settings = {"bits": 4.0, "group": 16, "solver": "rounding"}
-    plan = LeastError(weighting="relative", **settings).plan(model, data)
+    plan = LeastError(measure="relative", **settings).plan(model, data)
     assert any("matrices met no token" in note for note in plan.notes)
     with pytest.raises(ModelError, match="Weigh errors another way"):
         LeastError(**settings).plan(model, data)
@@ -123,14 +130,57 @@ def test_experts_and_what_no_token_met():
 def test_what_has_no_inputs_keeps_the_highest_level(llama):
     model, data = llama
     structure = structure_of(model, include=["*"])
-    plan = LeastError(bits=4.9, weighting="none", **SMALL).plan(model, data, structure=structure)
+    plan = LeastError(bits=4.9, measure="plain", **SMALL).plan(model, data, structure=structure)
     assert plan.layers["model.embed_tokens"].quantize.bits == 4
     assert "1 layers without measured errors stay at the highest level." in plan.notes
+
+
+@dataclass(frozen=True)
+class Measuring(Rounding):
+    """The same, as a solver that asks for the gram would be handed it."""
+
+    needs: ClassVar[str] = "gram"
+
+    def solve(self, weights, inputs, treatments, generators):
+        assert inputs.gram.shape == (weights[0].shape[1],) * 2
+        return super().solve(weights, inputs, treatments, generators)
+
+
+@pytest.mark.parametrize("solver", [Rounding(), Measuring()], ids=["weights alone", "with statistics"])
+@pytest.mark.parametrize("granularity", ["block", "layer"])
+def test_divergences_are_those_of_the_model_with_one_unit_solved(llama, solver, granularity):
+    model, data = llama
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    method = LeastError(bits=4.0, measure="divergence", **{**SMALL, "granularity": granularity})
+    hand = dealt(method, method, model, None)
+    found, notes = divergences(model, data, hand, solver, 3, 0)
+    assert list(found) == list(hand.units)
+    heads = ("q_proj", "k_proj")  # of random weights they hardly matter: their divergence is rounding
+    assert all(of[2] > of[4] > 0 for unit, of in found.items() if not unit.endswith(heads))
+    assert notes == []
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    unit = "model.layers.1" if granularity == "block" else "model.layers.1.mlp.down_proj"
+    yard = Yardstick(model, list(data))
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in hand.units[unit]:
+            weight = changed.get_parameter(layer.parameter)
+            (new,) = Rounding().solve([weight.clone()], None, [Quantize(bits=2, group=16)], [None])
+            weight.copy_(new.weight)
+    assert found[unit][2] == pytest.approx(yard.divergence(changed), rel=1e-4)
+
+
+def test_a_plan_by_divergence_on_some_samples(llama):
+    model, data = llama
+    plan = LeastError(bits=4.0, measure="divergence", samples=1, **SMALL).plan(model, data)
+    plan.check(structure_of(model).layers)
+    assert plan.notes == ("divergences on 2 samples of the data.",)
+    assert plan.scores["model.layers.1.mlp.down_proj"] > 0
 
 
 def test_an_unknown_solver_is_refused(llama):
     model, data = llama
     with pytest.raises(ConfigError, match='unknown solver "nearest"'):
         LeastError(**{**SMALL, "bits": 4.0, "solver": "nearest"}).plan(model, data)
-    with pytest.raises(ConfigError, match="gradient, relative, none"):
-        LeastError(weighting="hessian")
+    with pytest.raises(ConfigError, match="gradient, divergence, relative, plain"):
+        LeastError(measure="hessian")
