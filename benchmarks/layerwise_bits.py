@@ -53,6 +53,9 @@ CAVEATS = {
 }
 
 
+AS_UNIFORM = -1  # in the place of a number of low blocks: as many bits as all layers take at 3
+
+
 @dataclass(frozen=True)
 class Cell:
     """One number: the model in this order with `low` blocks at the low level (or as many bits as that). Only `random` has draws."""
@@ -113,6 +116,7 @@ class Bench:
         self.protocol = {**protocol_of(subject, options), **grid}
         kinds = options.measured.split(",")
         self.measured_orders = [name for name in MEASURED if name.partition(",")[0] in kinds]
+        self.freest = [name for name in self.measured_orders if MEASURED[name][1]]
         self.blocks = len(lw.structure_of(self._model()).blocks)
         self.errors = cache(self._errors)
         self.data = cache(self._data)
@@ -148,8 +152,7 @@ class Bench:
                 for order in ["lim"] if ends else [*ORDERS, *self.measured_orders]:
                     for draw in range(self.options.draws if order == "random" else 1):
                         yield Cell(self.subject.name, solver, order, low, draw)
-                if low == self.points()[len(self.points()) // 2]:
-                    yield Cell(self.subject.name, solver, "uniform 3", low)
+            yield from (Cell(self.subject.name, solver, order, AS_UNIFORM) for order in ("uniform 3", *self.freest))
 
     def measured(self, cell: Cell) -> dict[str, Any]:
         """From the dense weights anew. What cannot be made is a row too."""
@@ -199,11 +202,13 @@ class Bench:
     def _budget(self, low: int) -> float:
         """True bits per weight with so many blocks at the low level; blocks of unequal size by the mean block."""
         grid = {"group": self.options.group, "indivisible": "row"}
-        ends = [
-            lw.methods.UniformBits(bits=bits, **grid).plan(self._model()).budget.achieved_bits
-            for bits in (self.options.high, 2)
-        ]
-        return ends[0] + (ends[1] - ends[0]) * low / self.blocks
+
+        def uniform(bits: int) -> float:
+            return lw.methods.UniformBits(bits=bits, **grid).plan(self._model()).budget.achieved_bits
+
+        if low == AS_UNIFORM:
+            return uniform(3)
+        return uniform(self.options.high) + (uniform(2) - uniform(self.options.high)) * low / self.blocks
 
     def _errors(self, solver: str, measure: str, granularity: str) -> tuple[dict[str, dict[int, float]], list[str]]:
         """By unit, at all three levels: once for every budget and choice of levels."""
@@ -253,9 +258,12 @@ def table(results: Lines, bench: Bench, solver: str) -> Iterator[str]:
     yield f"| true bits | {' | '.join(f'{one:.3f}' for one in bits)} |"
     for order in (*ORDERS, *bench.measured_orders):
         yield f"| {order} | {' | '.join(mean_deviation(rows(order, low)) for low in points)} |"
-    same = results.of(protocol=bench.protocol, model=model, solver=solver, order="uniform 3")
-    if same:
-        yield from ["", f"All at 3 bits: {same[0].get('bits', float('nan')):.3f} true bits, {mean_deviation(same)}."]
+    same = {
+        order: results.of(protocol=bench.protocol, model=model, solver=solver, order=order, low=AS_UNIFORM)
+        for order in ("uniform 3", *bench.freest)
+    }
+    said = "; ".join(f"{order}: {mean_deviation(rows)}" for order, rows in same.items())
+    yield from ["", f"All with the {bench.budget(AS_UNIFORM):.3f} true bits of 3 everywhere: {said}."]
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ def test_a_block_without_lim_is_named():
         ({"spread": 2.0}, "spread=2"),
         ({"score": "lm"}, 'score="lm"'),
         ({"granularity": "model"}, "block, layer"),
-        ({"target": "gguf"}, "any, vllm"),
+        ({"target": "gguf"}, "transformers, vllm"),
     ],
 )
 def test_bad_settings(settings, words):

@@ -13,7 +13,6 @@ SHARING = (
     "pattern",
     "bits",
     "levels",
-    "for_",
     "set_",
     "min_sparsity",
     "max_sparsity",

@@ -61,6 +61,16 @@ Set = Annotated[
     list[str] | None,
     _option(HOW, "NAME=VALUE", "A setting of the method, e.g. spread=0.1 (repeatable).", "--set"),
 ]
+For = Annotated[
+    str | None,
+    _option(
+        HOW,
+        "ENGINE",
+        "What will load the folder of a plan with bits: transformers, or [bold]vllm[/] (which runs 2, 4 and 8 bits, and q, k, v and gate,"
+        " up alike).  [dim]default: transformers[/]",
+        "--for",
+    ),
+]
 Bits = Annotated[
     float | None,
     _option(
@@ -71,15 +81,6 @@ Bits = Annotated[
 ]
 Levels = Annotated[
     str | None, _option(HOW, "A,B,…", "Bits that a layer can get, e.g. 2,4.  [dim]default: the method's own[/]")
-]
-For = Annotated[
-    str | None,
-    _option(
-        HOW,
-        "ENGINE",
-        "With bits: [bold]vllm[/] ties what it fuses (q, k, v; gate, up) to one level of 2, 4, 8.",
-        "--for",
-    ),
 ]
 MinSparsity = Annotated[float | None, _option(HOW, "S", "No layer below this.")]
 MaxSparsity = Annotated[float | None, _option(HOW, "S", "No layer above this.")]

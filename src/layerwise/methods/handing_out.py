@@ -14,7 +14,7 @@ from .assemble import found, named_plan
 from .base import Method
 
 Unit = Literal["block", "layer"]
-Target = Literal["any", "vllm"]
+Target = Literal["transformers", "vllm"]
 Indivisible = Literal["error", "row"]
 
 VLLM_LEVELS = (2, 4, 8)
@@ -26,23 +26,19 @@ _FUSED = (("q", "k", "v"), ("gate", "up"))
 class BitSettings:
     """Base of the methods that hand out bits: frozen, flat, plain values that are written into the plan."""
 
-    bits: float = (
-        3.25  # average over the weights that are quantised, never exceeded: true bits, scales and zeros counted
-    )
+    # average over the weights that are quantised, never exceeded: true bits, scales and zeros counted
+    bits: float = 3.25
     levels: str = "2,4"  # bits that a weight can get
     granularity: Unit = "block"  # what shares one level
     group: int = 128  # inputs that share a scale; 0: all of a row
     symmetric: bool = False
-    shift: bool = (
-        False  # count floating zeros (HQQ, shift grids: 16 bits each), not whole ones (as many bits as a weight)
-    )
+    # count floating zeros (HQQ, shift grids: 16 bits each), not whole ones (as many bits as a weight)
+    shift: bool = False
     nominal: bool = False  # the average is of the levels alone
-    target: Target = (
-        "any"  # vllm: what it fuses (q, k, v; gate, up; all experts of a block) shares a level, of 2, 4 and 8
-    )
-    indivisible: Indivisible = (
-        "error"  # layers whose inputs the group does not divide: refuse, or one scale for each row
-    )
+    # vllm: what it fuses (q, k, v; gate, up; all experts of a block) shares a level, of 2, 4 and 8
+    target: Target = "transformers"
+    # layers whose inputs the group does not divide: refuse, or one scale for each row
+    indivisible: Indivisible = "error"
     pin_ends: bool = False  # the first and the last block of every stack stay at the highest level
 
     @property

@@ -37,7 +37,6 @@ def compress(
     pattern: options.Pattern = None,
     bits: options.Bits = None,
     levels: options.Levels = None,
-    for_: options.For = None,
     set_: options.Set = None,
     min_sparsity: options.MinSparsity = None,
     max_sparsity: options.MaxSparsity = None,
@@ -82,7 +81,7 @@ def compress(
     )  # a plan names its layers itself
     choice = ModelChoice(model, dtype, *chosen_globs, remote_code)
     asked = MethodChoice(
-        method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()), minutes, bits, levels, for_
+        method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()), minutes, bits, levels
     )
     if plan is not None:
         refuse(context, "the plan says which layers are pruned and how much (--plan)", *SHARING)

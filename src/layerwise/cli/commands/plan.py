@@ -62,7 +62,7 @@ def plan(
     if edit is None:
         refuse(context, "without --edit PLAN there is nothing to shift", "rebalance", "keep")
     else:
-        refuse(context, "since --edit starts from a plan: change its file", *SHARING, *CALIBRATION, "seed")
+        refuse(context, "since --edit starts from a plan: change its file", *SHARING, "for_", *CALIBRATION, "seed")
     if not rebalance:
         refuse(context, "without --rebalance every layer stays as it is", "keep")
     chosen_globs = (
