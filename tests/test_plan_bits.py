@@ -36,6 +36,8 @@ def test_what_a_plan_achieves_is_counted_over_the_layers_it_quantises():
     assert plan.budget.nominal_bits == (200 * 8 + 600 * 2) / 800
     assert plan.budget.achieved is None
     assert Plan.from_text(plan.to_yaml()) == plan
+    bare = plan.model_copy(update={"layers": {}}).with_achieved(LAYERS)
+    assert (bare.budget.achieved, bare.budget.achieved_bits, bare.budget.nominal_bits) == (0.0, None, None)
     assert mixed(shift=True).achieved_bits(LAYERS) == (200 * (8 + 32 / 5) + 600 * (2 + 32 / 5)) / 800
 
 

@@ -79,9 +79,8 @@ class Budget(Record):
     shift: Literal[True] | None = None  # zeros are floating, of 16 bits each, not whole numbers of as many as a weight
     flops: Amount | None = Field(default=None, description="give a number of operations, at least 0")
     bytes: Amount | None = Field(default=None, description="give a number of bytes, at least 0")
-    achieved: Number | None = (
-        None  # sparsity; this and the next two are for the reader (`Plan.with_achieved`), never trusted
-    )
+    # these are for the reader (`Plan.with_achieved`), never trusted
+    achieved: Number | None = None  # sparsity
     achieved_bits: Number | None = None  # true bits per weight, scales and zeros counted
     nominal_bits: Number | None = None
 
@@ -137,10 +136,12 @@ class Plan(Record):
     def with_achieved(self, layers: Iterable[Sized]) -> "Plan":
         """The same plan with what the budget's layers achieve computed from these: sparsity where it prunes, bits where it quantises."""
         layers = list(layers)
-        bits = self.achieved_bits(layers)
-        found = {"achieved_bits": bits, "nominal_bits": self.achieved_bits(layers, nominal=True)} if bits else {}
-        if self.zeros(layers) or not bits:
-            found["achieved"] = self.achieved_sparsity(layers)
+        bits = self.achieved_bits(layers) or None
+        found = {
+            "achieved": self.achieved_sparsity(layers) if self.zeros(layers) or not bits else None,
+            "achieved_bits": bits,
+            "nominal_bits": self.achieved_bits(layers, nominal=True) or None,
+        }
         return self.model_copy(update={"budget": self.budget.model_copy(update=found)})
 
     def check(self, layers: Iterable[Sized], *, blocks: Iterable[str] = (), fingerprint: str | None = None) -> None:

@@ -67,11 +67,11 @@ class MethodChoice:
 
     @property
     def hands_out_bits(self) -> bool:
-        """Whether the method quantises, so that its solver must."""
+        """Whether the method hands out bits of weights, so that its solver must quantise."""
         from ..methods import METHODS
 
         kind = METHODS.get(self.name or DEFAULT_METHOD)
-        return kind is not None and any(one.name == "bits" for one in fields(kind))  # type: ignore[arg-type]
+        return kind is not None and {"bits", "symmetric"} <= {one.name for one in fields(kind)}  # type: ignore[arg-type]
 
     def _bits(self, name: str) -> float | int | None:
         """A whole number where the method wants one: an option cannot know which method it is for."""
