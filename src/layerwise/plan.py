@@ -17,6 +17,7 @@ from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from .errors import BudgetError, OutputError, PlanError, SelectionError
 from .files import output_file
+from .plan_bits import bits_taken, over_budget
 from .plan_check import Sized, entry_problems
 from .plan_diff import Change, differences
 from .plan_shift import shift_evenly
@@ -69,14 +70,19 @@ class ModelFacts(Record):
 
 
 class Budget(Record):
-    """What the layers of the plan may cost together. `sparsity` counts the layers that the plan prunes."""
+    """What the layers of the plan may cost together. `sparsity` counts the layers that the plan prunes, `bits` those it quantises."""
 
     sparsity: Fraction | None = Field(default=None, description="give the fraction removed, 0 <= sparsity <= 1")
     parameters: Amount | None = Field(default=None, description="give a number of parameters, at least 0")
-    bits: Amount | None = Field(default=None, description="give true bits per weight, at least 0")
+    bits: Amount | None = Field(default=None, description="give bits per weight, at least 0")
+    nominal: Literal[True] | None = None  # bits are counted without scales and zeros
+    shift: Literal[True] | None = None  # zeros are floating, of 16 bits each, not whole numbers of as many as a weight
     flops: Amount | None = Field(default=None, description="give a number of operations, at least 0")
     bytes: Amount | None = Field(default=None, description="give a number of bytes, at least 0")
-    achieved: Number | None = None  # written for the reader (`Plan.with_achieved`); never trusted
+    # these are for the reader (`Plan.with_achieved`), never trusted
+    achieved: Number | None = None  # sparsity
+    achieved_bits: Number | None = None  # true bits per weight, scales and zeros counted
+    nominal_bits: Number | None = None
 
 
 class Plan(Record):
@@ -122,15 +128,27 @@ class Plan(Record):
         total = sum(sizes[name] for name in zeros)
         return sum(zeros.values()) / total if total else 0.0
 
+    def achieved_bits(self, layers: Iterable[Sized], *, nominal: bool = False) -> float:
+        """Bits per weight of the layers that the plan quantises, scales and zeros counted unless `nominal`; 0.0 if it quantises none."""
+        bits, weights = bits_taken(self.layers, layers, nominal=nominal, shift=bool(self.budget.shift))
+        return bits / weights if weights else 0.0
+
     def with_achieved(self, layers: Iterable[Sized]) -> "Plan":
-        """The same plan with `budget.achieved` computed from these layers."""
-        achieved = self.achieved_sparsity(layers)
-        return self.model_copy(update={"budget": self.budget.model_copy(update={"achieved": achieved})})
+        """The same plan with what the budget's layers achieve computed from these: sparsity where it prunes, bits where it quantises."""
+        layers = list(layers)
+        bits = self.achieved_bits(layers) or None
+        found = {
+            "achieved": self.achieved_sparsity(layers) if self.zeros(layers) or not bits else None,
+            "achieved_bits": bits,
+            "nominal_bits": self.achieved_bits(layers, nominal=True) or None,
+        }
+        return self.model_copy(update={"budget": self.budget.model_copy(update=found)})
 
     def check(self, layers: Iterable[Sized], *, blocks: Iterable[str] = (), fingerprint: str | None = None) -> None:
         """Raise PlanError listing every way in which this plan does not fit these layers and blocks.
 
-        Of the budget, `sparsity` is checked: each layer may be off by its rounding (one weight, row, column or block).
+        Of the budget, `sparsity` is checked: each layer may be off by its rounding (one weight, row, column or block); and `bits`, which
+        the layers that are quantised must not exceed.
         """
         known, blocks = {layer.name: layer for layer in layers}, set(blocks)
         if self.model and fingerprint and self.model.fingerprint != fingerprint:  # everything else would follow from it
@@ -149,17 +167,22 @@ class Plan(Record):
             raise PlanError(problems)
 
     def _budget_problems(self, layers: list[Sized]) -> list[str]:
+        budget, over = self.budget, []
+        bits, weights = bits_taken(self.layers, layers, nominal=bool(budget.nominal), shift=bool(budget.shift))
+        if budget.bits is not None and weights:
+            over = over_budget(budget.bits, bits, weights)
         known = {layer.name: layer for layer in layers}
         zeros, wanted = self.zeros(layers), self.budget.sparsity
         total, got = sum(known[name].size for name in zeros), sum(zeros.values())
         prunes = [(name, prune) for name in zeros if (prune := self.layers[name].prune)]
         rounding = sum(prune.unit(known[name].rows, known[name].columns) for name, prune in prunes)
         if wanted is None or abs(round(wanted * total) - got) <= rounding:
-            return []
+            return over
         achieved = got / total if total else 0.0
         return [
+            *over,
             f"plan: budget.sparsity {wanted:g} is {round(wanted * total)} zeros of {total}, the layers give {got} ({achieved:.6f})."
-            f" Rebalance the layers, or set budget.sparsity to {achieved!r}."
+            f" Rebalance the layers, or set budget.sparsity to {achieved!r}.",
         ]
 
     def rebalance(self, layers: Iterable[Sized], keep: Sequence[str] = ()) -> "Plan":
@@ -175,7 +198,10 @@ class Plan(Record):
             if not fnmatch.filter(zeros, pattern):
                 raise SelectionError(f'"{pattern}" matches none of the {len(zeros)} layers that the plan prunes.')
         if self.budget.sparsity is None:
-            raise BudgetError("plan: it has no budget.sparsity to meet. Add it, such as budget: {sparsity: 0.5}.")
+            what = "budget.bits are met by changing levels by hand, or by a method" if self.budget.bits else "Add it"
+            raise BudgetError(
+                f"plan: it has no budget.sparsity to meet. {what}, such as {'lwq' if self.budget.bits else 'budget: {sparsity: 0.5}'}."
+            )
         prunes = {name: prune for name in zeros if (prune := self.layers[name].prune)}
         free = [
             name

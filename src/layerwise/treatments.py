@@ -109,6 +109,14 @@ class Quantize(Record):
     )
     symmetric: bool = Field(default=False, strict=True, description="give true or false")
 
+    def stored_bits(self, size: int, columns: int, *, nominal: bool = False, shift: bool = False) -> int:
+        """Whole bits that `size` weights in rows of `columns` take: the codes and, for each group, a scale of 16 bits and a zero.
+
+        A whole zero takes `bits` bits, a shift 16, that of a symmetric grid none. nominal: the codes alone.
+        """
+        groups = 0 if nominal else size // columns * -(-columns // (self.group or columns)) if columns else 0
+        return size * self.bits + groups * (16 + (0 if self.symmetric else 16 if shift else self.bits))
+
 
 class Factorize(Record):
     """Replace the weight by block-diagonal x sparse core x block-diagonal (ARMOR); `block` is the block's side."""

@@ -176,3 +176,45 @@ def test_naive_and_paused_evaluations_measure_the_same():
     data, structure = Batches((inputs_for("llama", model),), {}), structure_of(model, include=["*.down_proj"])
     expected = naive(model, data, structure)
     assert zeroth_order_gradient(model, data, structure, step=STEP, tail="exact") == pytest.approx(expected, rel=1e-2)
+
+
+def test_every_order_has_the_bits_of_its_column(tmp_path, monkeypatch):
+    """The cells of a toy, their budgets, and the table they fill."""
+    import argparse
+
+    import layerwise.solvers as solvers
+    import layerwise_bits
+    from bed import Subject
+    from lines import Lines
+    from rounding import Rounding
+    from tiny import tiny_llama
+
+    monkeypatch.setitem(solvers.SOLVERS, "rounding", Rounding)
+    options = argparse.Namespace(
+        solvers="rounding", high=4, group=16, points=3, draws=2, measured="errors,divergence", probes=1, samples=2, length=16, tokens=64,
+        dtype="float32", threads=1,
+    )  # fmt: skip
+    subject = Subject("toy", tiny_llama(tmp_path / "model", blocks=4), tmp_path)
+    ids = torch.randint(2, 60, (2, 16), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(Subject, "calibration", lambda *_: ids)
+    bench = layerwise_bits.Bench(subject, options)
+    cells = list(bench.cells())
+    assert bench.points() == [0, 2, 4]
+    assert [cell.low for cell in cells if cell.order == "random"] == [2, 2]
+    assert {cell.order for cell in cells if cell.low == 0} == {"dense", "lim"}
+    true = {cell: bench.plan(cell).budget.achieved_bits for cell in cells if cell.order != "dense"}
+    half = bench.budget(2)
+    assert half == pytest.approx((bench.budget(0) + bench.budget(4)) / 2)
+    for cell, bits in true.items():
+        if cell.order in layerwise_bits.ORDERS:
+            assert bits == pytest.approx(bench.budget(cell.low))
+        else:
+            assert bench.budget(cell.low) - 0.3 < bits <= bench.budget(cell.low) + 1e-9
+    results = Lines(tmp_path / "cells.jsonl")
+    for number, cell in enumerate(cells):
+        results.add(bench.key(cell), {"bits": true.get(cell, 32.0), "perplexity": 10.0 + number})
+    text = "\n".join(layerwise_bits.report(results, {"toy": bench}, options))
+    assert "| blocks at 2 bits | 0 | 2 | 4 |" in text
+    assert "| random | 11.00 | 15.50 ± 0.71 | " in text
+    assert "true bits of 3 everywhere: uniform 3: " in text
+    assert "errors, layers, 3 bits too: " in text

@@ -12,7 +12,7 @@ from layerwise.plan import Plan, Prune
 
 DATA = "--data text.txt --samples 4 --length 32 --batch 2".split()
 SHARING = "--include * --exclude *.0.* --method erk --sparsity 0.5 --pattern 2:4 --set spread=1".split()
-SHARING += "--min-sparsity 0.1 --max-sparsity 0.9".split()
+SHARING += "--min-sparsity 0.1 --max-sparsity 0.9 --bits 3 --levels 2,4".split()
 PAIRS = [SHARING[i : i + 2] for i in range(0, len(SHARING), 2)]
 FREE = "compress model -o out --method erk --solver magnitude".split()
 

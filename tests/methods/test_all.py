@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import layerwise.errors as errors
+import layerwise.solvers as solvers
 from layerwise.engine import compress
 from layerwise.methods import METHODS, method_from
 from layerwise.plan import Plan
@@ -15,20 +16,26 @@ from layerwise.solvers import Magnitude
 from layerwise.structure import structure_of
 from layerwise.tasks.batches import Batches
 from models import MODELS, inputs_for
+from rounding import Rounding
 
 
 @dataclass(frozen=True)
 class Row:
     method: str
-    settings: dict = field(default_factory=dict)  # beside the sparsity
+    settings: dict = field(default_factory=dict)  # beside the budget
     bad: dict = field(default_factory=dict)  # settings that must be refused, and with what word
     word: str = ""
     highest: float = 0.9  # sparsity that every model of the table has room for
     even: bool = False  # the same sparsity for all, up to a weight
     caps: bool = True  # takes min_sparsity and max_sparsity
     loss: bool = False  # looks at a loss: of the table's models, one has none that is known
+    bits: bool = False  # hands out bits: the levels are 2 and 4, and a sparsity here stands for how far down it goes
 
 
+ROWWISE = {
+    "group": 0,
+    "nominal": True,
+}  # one scale for each row, since the tiny models' inputs have few common divisors
 ROWS = [
     Row("uniform", bad={"indivisible": "skip"}, word="indivisible", even=True, caps=False),
     Row("uniform-plus", bad={"last_density": 1.5}, word="last_density", highest=0.6, caps=False),
@@ -46,9 +53,20 @@ ROWS = [
     Row("synflow", settings={"rounds": 3}, bad={"rounds": 0}, word="rounds"),
     Row("random", settings={"seed": 3}, bad={"spread": -0.1}, word="spread"),
     Row("auto", settings={"only": "erk", "solver": "magnitude"}, bad={"only": "eerk"}, word='"erk"'),
+    Row("uniform-bits", settings={"group": 0}, bad={"bits": 9}, word="bits=9", bits=True, even=True),
+    Row("lwq", settings={"score": "zd", **ROWWISE}, bad={"levels": "2,9"}, word="levels", bits=True),
+    Row(
+        "least-error",
+        settings={"measure": "relative", "granularity": "layer", "solver": "rounding", **ROWWISE},
+        bad={"rule": "best"},
+        word="rule",
+        bits=True,
+    ),
 ]
 SOME_MODELS = ("llama", "cifar_resnet", "mixtral", "t5", "gpt2", "phi3", "vit", "flux")
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.method)
+sparse = pytest.mark.parametrize("row", [row for row in ROWS if not row.bits], ids=lambda row: row.method)
+in_bits = pytest.mark.parametrize("row", [row for row in ROWS if row.bits], ids=lambda row: row.method)
 models = pytest.mark.parametrize("name", SOME_MODELS)
 
 
@@ -62,8 +80,36 @@ def data_for(name, model):
     return Batches(tuple(batches), {})
 
 
+@pytest.fixture(autouse=True)
+def _solver_of_the_tests(monkeypatch):
+    monkeypatch.setitem(solvers.SOLVERS, "rounding", Rounding)
+
+
 def made(row, sparsity, **settings):
-    return method_from(row.method, sparsity=sparsity, **row.settings, **settings)
+    budget = {"sparsity": sparsity}
+    if row.bits:
+        budget = {"bits": round(4 - 2 * sparsity) if row.even else 4 - 2 * sparsity}
+    return method_from(row.method, **{**budget, **row.settings, **settings})
+
+
+def meets_its_budget(plan, layers, row):
+    """All zeros to the last; or no more bits than that, and room for less than one step of what shares a level."""
+    if not row.bits:
+        assert sum(plan.zeros(layers).values()) == round(plan.budget.sparsity * sum(layer.size for layer in layers))
+        return
+    total = sum(layer.size for layer in layers)
+    assert plan.budget.nominal_bits == plan.achieved_bits(layers, nominal=True) <= plan.budget.bits
+    assert plan.budget.achieved_bits == plan.achieved_bits(layers) > plan.budget.nominal_bits
+    left = (plan.budget.bits - plan.budget.nominal_bits) * total
+    assert left < 2 * max(_together(layers, row)) * (0.001 if row.even else 1)
+
+
+def _together(layers, row):
+    """Weights of what shares a level, by the settings of the row."""
+    if row.settings.get("granularity") == "layer":
+        return [layer.size for layer in layers]
+    blocks = {layer.block for layer in layers}
+    return [sum(layer.size for layer in layers if layer.block == block) for block in blocks]
 
 
 def skip_without_loss(row, name):
@@ -88,7 +134,7 @@ def test_every_method_has_its_row():
         assert method.__dataclass_params__.frozen
 
 
-@rows
+@sparse
 @models
 def test_the_budget_is_met_exactly(row, name):
     skip_without_loss(row, name)
@@ -100,6 +146,18 @@ def test_the_budget_is_met_exactly(row, name):
         assert sum(plan.zeros(layers).values()) == round(sparsity * total)
         assert plan.budget.sparsity == sparsity
         assert plan.budget.achieved == round(sparsity * total) / total
+        plan.check(layers, fingerprint=structure_of(MODELS[name]()).fingerprint)
+
+
+@in_bits
+@models
+def test_bits_stay_within_the_budget(row, name):
+    layers = structure_of(MODELS[name]()).layers
+    for share in (0.0, 0.37, 0.5, 1.0):
+        plan = planned(row, name, share)
+        assert list(plan.layers) == [layer.name for layer in layers]
+        assert {entry.quantize.bits for entry in plan.layers.values()} <= {2, 3, 4}
+        meets_its_budget(plan, layers, row)
         plan.check(layers, fingerprint=structure_of(MODELS[name]()).fingerprint)
 
 
@@ -134,7 +192,7 @@ def test_the_plan_survives_save_and_load(row, tmp_path):
     assert loaded.model.parameters == sum(parameter.numel() for parameter in MODELS["llama"]().parameters())
 
 
-@rows
+@sparse
 def test_applied_the_zeros_are_those_of_the_plan(row):
     model = MODELS["cifar_resnet"]()
     structure = structure_of(model, include=["*"])  # stem and head, too
@@ -145,7 +203,7 @@ def test_applied_the_zeros_are_those_of_the_plan(row):
     assert result.zeros == round(0.5 * sum(layer.size for layer in structure))
 
 
-@rows
+@sparse
 def test_other_models_get_other_plans_but_uniform(row):
     """A method that says uniform by another name would pass everything else."""
     plan = planned(row, "cifar_resnet", 0.5)
@@ -154,16 +212,34 @@ def test_other_models_get_other_plans_but_uniform(row):
     assert (max(off.values()) <= 1) == row.even
 
 
+@in_bits
+def test_bits_differ_between_layers_but_for_uniform(row):
+    for name in ("cifar_resnet", "llama"):
+        plan = planned(row, name, 0.5)
+        assert len({entry.quantize.bits for entry in plan.layers.values()}) == (1 if row.even else 2)
+
+
+@in_bits
+def test_an_average_that_no_levels_give_says_what_they_give(row):
+    model = MODELS["llama"]()
+    if row.even:
+        return  # its bits are the level
+    for bits in (1.9, 4.1):
+        with pytest.raises(errors.BudgetError, match=r"take 2 to 4 bits per weight") as caught:
+            made(row, 0.5, bits=bits).plan(model, data_for("llama", model))
+        assert "\n" not in str(caught.value)
+
+
 @rows
 def test_layers_left_out_stay_out(row):
     structure = structure_of(MODELS["llama"](), exclude=["*.down_proj"])
     plan = planned(row, "llama", 0.5, structure)
     assert plan.layers.keys() == {layer.name for layer in structure.layers}
     assert not any("down_proj" in name for name in plan.layers)
-    assert sum(plan.zeros(structure.layers).values()) == round(0.5 * sum(layer.size for layer in structure.layers))
+    meets_its_budget(plan, structure.layers, row)
 
 
-@rows
+@sparse
 def test_floors_and_caps_hold(row):
     if not row.caps:
         with pytest.raises(errors.ConfigError, match="has no setting"):
@@ -183,7 +259,7 @@ def test_floors_and_caps_hold(row):
         made(row, 0.5, min_sparsity=0.9).plan(model, data, structure=structure)
 
 
-@rows
+@sparse
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.2, float("nan")])
 def test_a_sparsity_out_of_range_is_refused(row, sparsity):
     with pytest.raises(errors.ConfigError, match="0 <= sparsity < 1"):
@@ -196,14 +272,15 @@ def test_bad_settings_are_refused(row):
         method_from(row.method, **{**row.settings, **row.bad})
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
-    with pytest.raises(errors.ConfigError, match=r'has no setting "sparsty". Did you mean "sparsity"\?'):
-        method_from(row.method, sparsty=0.5)
+    wrong, right = ("bitz", "bits") if row.bits else ("sparsty", "sparsity")
+    with pytest.raises(errors.ConfigError, match=rf'has no setting "{wrong}". Did you mean "{right}"\?'):
+        method_from(row.method, **{wrong: 0.5})
 
 
 @rows
 def test_a_method_that_needs_data_says_so_and_others_do_without(row):
     model = MODELS["llama"]()
-    if METHODS[row.method].needs_data:
+    if made(row, 0.5).needs_data:
         for data in (None, Batches((), {})):
             with pytest.raises(errors.DataError, match="needs calibration data"):
                 made(row, 0.5).plan(model, data)

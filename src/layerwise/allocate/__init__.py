@@ -5,16 +5,28 @@ from .erdos_renyi import erdos_renyi
 from .even import uniform, uniform_plus
 from .exact import exact_counts, sparsities_of
 from .fill import water_fill
+from .least_error import Choice, Errors, hull_levels, least_error_levels
+from .levels import Costs, average, by_score, check_levels, levels_in_order, merged
 from .linear import linear_factors, linear_map
 from .proportional import proportional
 
 __all__ = [
     "Bound",
+    "Choice",
+    "Costs",
+    "Errors",
+    "average",
+    "by_score",
     "check_feasible",
+    "check_levels",
     "erdos_renyi",
     "exact_counts",
+    "hull_levels",
+    "least_error_levels",
+    "levels_in_order",
     "linear_factors",
     "linear_map",
+    "merged",
     "proportional",
     "sparsities_of",
     "uniform",

@@ -11,6 +11,8 @@ SHARING = (
     "method",
     "sparsity",
     "pattern",
+    "bits",
+    "levels",
     "set_",
     "min_sparsity",
     "max_sparsity",

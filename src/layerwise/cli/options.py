@@ -61,6 +61,27 @@ Set = Annotated[
     list[str] | None,
     _option(HOW, "NAME=VALUE", "A setting of the method, e.g. spread=0.1 (repeatable).", "--set"),
 ]
+For = Annotated[
+    str | None,
+    _option(
+        HOW,
+        "ENGINE",
+        "What will load the folder of a plan with bits: transformers, or [bold]vllm[/] (which runs 2, 4 and 8 bits, and q, k, v and gate,"
+        " up alike).  [dim]default: transformers[/]",
+        "--for",
+    ),
+]
+Bits = Annotated[
+    float | None,
+    _option(
+        HOW,
+        "B",
+        "Bits per weight on average, scales and zeros counted, e.g. 3.25; of uniform-bits the level.  [dim]default: the method's own[/]",
+    ),
+]
+Levels = Annotated[
+    str | None, _option(HOW, "A,B,…", "Bits that a layer can get, e.g. 2,4.  [dim]default: the method's own[/]")
+]
 MinSparsity = Annotated[float | None, _option(HOW, "S", "No layer below this.")]
 MaxSparsity = Annotated[float | None, _option(HOW, "S", "No layer above this.")]
 Minutes = Annotated[
@@ -99,8 +120,8 @@ Score = Annotated[
     str | None,
     typer.Option(
         metavar="SCORE",
-        help="Show this score of every block: outlier-ratio, block-influence, zeroth-order or first-order (they read data),"
-        " alpha-hill (weights alone), or snip, grasp, synflow of every layer.",
+        help="Show this score of every block: outlier-ratio, block-influence, input-modification, zeroth-order or first-order (they"
+        " read data), z-score or alpha-hill (weights alone), or snip, grasp, synflow of every layer.",
         show_default=False,
     ),
 ]

@@ -28,6 +28,9 @@ class MethodChoice:
     max_sparsity: float | None = None
     set: Sequence[str] = ()
     minutes: float | None = None
+    bits: float | None = None
+    levels: str | None = None
+    target: str | None = None
 
     def build(self, name: str | None = None, **more: Any) -> "Method":
         """The method, `more` added where it has such settings. Raises ConfigError for an unknown name or setting, offering the nearest."""
@@ -40,24 +43,42 @@ class MethodChoice:
             "min_sparsity": self.min_sparsity,
             "max_sparsity": self.max_sparsity,
             "minutes": self.minutes,
+            "bits": self._bits(name),
+            "levels": self.levels,
+            "target": self.target,
         }
         given = {key: value for key, value in common.items() if value is not None}
         if name in METHODS:
             known = {one.name for one in fields(METHODS[name])}  # type: ignore[arg-type]
             for key, value in given.items():
                 if key not in known:
+                    others = ", ".join(one for one, kind in METHODS.items() if key in {f.name for f in fields(kind)})  # type: ignore[arg-type]
                     raise ConfigError(
-                        f"method {name} takes no --{key.replace('_', '-')} {value}. It has {', '.join(sorted(known))}."
+                        f"method {name} takes no {_option_of(key)} {value}. It has {', '.join(sorted(known))};"
+                        f" methods that take {_option_of(key)}: {others}."
                     )
             given |= {key: value for key, value in more.items() if key in known}
         settings = pairs(self.set, "--set")
         if "solver" in settings and "solver" in more:
             raise ConfigError(f"--set solver={settings['solver']}: the solver of this command is given by --solver.")
         if twice := [key for key in common if key in settings and getattr(self, key) is not None]:
-            raise ConfigError(
-                f"--{twice[0].replace('_', '-')} and --set {twice[0]}=: the same setting twice. Give it once."
-            )
+            raise ConfigError(f"{_option_of(twice[0])} and --set {twice[0]}=: the same setting twice. Give it once.")
         return method_from(name, **{**given, **settings})
+
+    @property
+    def hands_out_bits(self) -> bool:
+        """Whether the method hands out bits of weights, so that its solver must quantise."""
+        from ..methods import METHODS
+
+        kind = METHODS.get(self.name or DEFAULT_METHOD)
+        return kind is not None and {"bits", "symmetric"} <= {one.name for one in fields(kind)}  # type: ignore[arg-type]
+
+    def _bits(self, name: str) -> float | int | None:
+        """A whole number where the method wants one: an option cannot know which method it is for."""
+        from ..methods import METHODS
+
+        whole = name in METHODS and next((f.type for f in fields(METHODS[name]) if f.name == "bits"), None) is int  # type: ignore[arg-type]
+        return int(self.bits) if whole and self.bits is not None and self.bits.is_integer() else self.bits
 
     def _sparsity(self) -> float | None:
         if self.sparsity is None and self.pattern is not None and ":" in self.pattern:
@@ -67,6 +88,10 @@ class MethodChoice:
             if kept.isdigit() and group.isdigit() and 0 < int(kept) <= int(group):
                 return Prune(sparsity=1 - int(kept) / int(group), pattern=self.pattern).sparsity
         return self.sparsity
+
+
+def _option_of(setting: str) -> str:
+    return "--for" if setting == "target" else f"--{setting.replace('_', '-')}"
 
 
 def solver_of(

@@ -10,18 +10,22 @@ from .ecoflap import ECoFLaP
 from .erdos_renyi import ER, ERK, ERKPlus
 from .farms import FARMS
 from .grasp import GraSP, GraSPRatio
+from .least_error import LeastError
+from .lwq import LWQ
 from .owl import OWL
 from .random_ratios import RandomRatios
 from .search import Search
 from .snip import SNIP, SNIPRatio
 from .synflow import SynFlow
 from .uniform import Uniform
+from .uniform_bits import UniformBits
 from .uniform_plus import UniformPlus
 
 __all__ = [
     "ER",
     "ERK",
     "FARMS",
+    "LWQ",
     "METHODS",
     "OWL",
     "SNIP",
@@ -31,12 +35,14 @@ __all__ = [
     "ERKPlus",
     "GraSP",
     "GraSPRatio",
+    "LeastError",
     "Method",
     "RandomRatios",
     "SNIPRatio",
     "Search",
     "SynFlow",
     "Uniform",
+    "UniformBits",
     "UniformPlus",
     "method_from",
 ]
@@ -58,6 +64,9 @@ METHODS: dict[str, type[Method]] = {
     "synflow": SynFlow,
     "random": RandomRatios,
     "auto": Auto,
+    "uniform-bits": UniformBits,
+    "lwq": LWQ,
+    "least-error": LeastError,
 }
 
 

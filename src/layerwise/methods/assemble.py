@@ -8,7 +8,7 @@ from torch import nn
 
 from ..allocate import Bound, exact_counts, sparsities_of
 from ..errors import ModelError, SelectionError
-from ..plan import Budget, ModelFacts, Plan, Prune
+from ..plan import Budget, ModelFacts, Plan, Prune, Treatment
 from ..structure import Layer, Structure, in_order, structure_of
 from .base import Method
 
@@ -55,14 +55,27 @@ def plan_with(
     notes: Sequence[str] = (),
 ) -> Plan:
     """The plan with these treatments, the model's facts and the sparsity it achieves."""
+    return named_plan(method, model, structure, Budget(sparsity=sparsity), prunes, scores, notes)
+
+
+def named_plan(
+    method: Method,
+    model: nn.Module,
+    structure: Structure,
+    budget: Budget,
+    treatments: Mapping[str, Treatment],
+    scores: Mapping[str, float] | None = None,
+    notes: Sequence[str] = (),
+) -> Plan:
+    """The plan with these treatments, the model's facts and what it achieves of the budget."""
     name = str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
     if Path(name).is_absolute() or Path(name).is_dir():  # a plan is for every machine: not where it lies on this one
         name = Path(name).resolve().name
     plan = Plan(
         model=ModelFacts(name=name, parameters=structure.parameters, fingerprint=structure.fingerprint),
         method=method,
-        budget=Budget(sparsity=sparsity),
-        layers=dict(prunes),
+        budget=budget,
+        layers=dict(treatments),
         scores=dict(scores or {}),
         notes=tuple(notes),
     )

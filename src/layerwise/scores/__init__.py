@@ -14,12 +14,15 @@ from .block_influence import block_influence, mean_turn
 from .first_order import first_order_gradient, gradient_mass
 from .gradients import gradients, hessian_products, layer_means
 from .grasp import gradient_flow, grasp_scores
+from .input_modification import input_modification, negative_cosine
 from .outlier_ratio import outlier_ratio, outlier_share
+from .output_error import output_error, output_gradients
 from .snip import connection_sensitivity, snip_scores
 from .spectra import Windows, spectrum, window_spectrum
 from .synflow import synaptic_flow, synflow_scores
 from .tail_fit import FITS, Fit, TailFit, fit_tail
 from .watching import tell, watched
+from .z_score import share_above, z_score
 from .zeroth_order import central_slope, norm_from_slopes, zeroth_order_gradient
 
 
@@ -37,6 +40,10 @@ def _alpha_hill(model: Any, data: Any, structure: Any) -> dict[str, float]:
     return alpha_hill(model, structure)
 
 
+def _z_score(model: Any, data: Any, structure: Any) -> dict[str, float]:
+    return z_score(model, structure)
+
+
 def _mean_of(
     scores: Callable[..., dict[str, Tensor]], model: nn.Module, data: Sequence[Batch], structure: Structure, **more: Any
 ) -> dict[str, float]:
@@ -48,6 +55,8 @@ def _mean_of(
 SCORES: dict[str, Callable[..., dict[str, float]]] = {
     "outlier-ratio": partial(outlier_ratio, factor=5.0),  # OWL's default factor
     "block-influence": block_influence,
+    "input-modification": input_modification,
+    "z-score": _z_score,
     "zeroth-order": partial(over_blocks, zeroth_order_gradient),
     "first-order": partial(over_blocks, first_order_gradient),
     "alpha-hill": _alpha_hill,  # FARMS's defaults
@@ -55,8 +64,8 @@ SCORES: dict[str, Callable[..., dict[str, float]]] = {
     "grasp": partial(_mean_of, grasp_scores),
     "synflow": partial(_mean_of, synflow_scores),
 }
-WITHOUT_DATA = frozenset({"alpha-hill"})  # these look at weights alone: data may be None
-LOW_KEEPS = frozenset({"alpha-hill"})  # the paper's own number, whose sign methods turn
+WITHOUT_DATA = frozenset({"alpha-hill", "z-score"})  # these look at weights alone: data may be None
+LOW_KEEPS = frozenset({"alpha-hill", "z-score"})  # the papers' own numbers, whose sign methods turn
 
 __all__ = [
     "FITS",
@@ -81,14 +90,19 @@ __all__ = [
     "gradients",
     "grasp_scores",
     "hessian_products",
+    "input_modification",
     "layer_means",
     "layer_tail",
     "layer_tails",
     "mean_turn",
+    "negative_cosine",
     "norm_from_slopes",
     "outlier_ratio",
     "outlier_share",
+    "output_error",
+    "output_gradients",
     "over_blocks",
+    "share_above",
     "snip_scores",
     "spectrum",
     "synaptic_flow",
@@ -96,5 +110,6 @@ __all__ = [
     "tell",
     "watched",
     "window_spectrum",
+    "z_score",
     "zeroth_order_gradient",
 ]

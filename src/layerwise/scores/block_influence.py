@@ -1,8 +1,10 @@
 """How much a block changes what goes through it: Block Influence of ShortGPT (Men et al. 2024, arXiv:2403.03853)."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.utils._pytree import tree_leaves
@@ -32,10 +34,19 @@ def mean_turn(before: Tensor, after: Tensor) -> float:
 def block_influence(model: nn.Module, data: Batches, structure: Structure) -> dict[str, float]:
     """Block name -> 1 - mean cosine between the hidden states that enter and leave it, over all tokens; high = keep.
 
+    What `turns` says, which has the details.
+    """
+    return turns(model, data, structure, {})
+
+
+def turns(model: nn.Module, data: Batches, structure: Structure, through: Mapping[str, nn.Module]) -> dict[str, float]:
+    """Block name -> `mean_turn` of its hidden states, over all tokens.
+
     On the dense model, one forward pass; positions whose attention mask is 0 do not count. The hidden state is the block's first
     floating tensor with a token or channel axis, and what leaves is the first tensor of its shape; of images (batch, channels, height,
     width) each position is a token. A block that changes the shape could not be left out and is not in the result.
-    Raises ScoreError naming the block if a hidden state is not finite.
+    through: block name -> module that what leaves it goes through first. Raises ScoreError naming the block if a hidden state is not
+    finite.
     """
     names = [block.name for block in structure.blocks]
     sums: dict[str, list[tuple[int, float]]] = {}
@@ -48,7 +59,11 @@ def block_influence(model: nn.Module, data: Batches, structure: Structure) -> di
                     mask = _mask_of(one.batch, name)
                     before = _rows(_first_state(one.arguments), mask)  # a copy: a block may write into its input
                     outputs.append(one.run())
-                    after = _rows(_like(_first_state(one.arguments), outputs[-1]), mask)
+                    left = _like(_first_state(one.arguments), outputs[-1])
+                    if left is not None and name in through:
+                        with torch.no_grad():
+                            left = through[name](left)
+                    after = _rows(left, mask)
                     if before is None or after is None:
                         continue
                     try:

@@ -35,6 +35,8 @@ def compress(
     method: options.Method = None,
     sparsity: options.Sparsity = None,
     pattern: options.Pattern = None,
+    bits: options.Bits = None,
+    levels: options.Levels = None,
     set_: options.Set = None,
     min_sparsity: options.MinSparsity = None,
     max_sparsity: options.MaxSparsity = None,
@@ -79,13 +81,15 @@ def compress(
         (tuple(include or ()), tuple(exclude or ())) if plan is None else (("*",), ())
     )  # a plan names its layers itself
     choice = ModelChoice(model, dtype, *chosen_globs, remote_code)
-    asked = MethodChoice(method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()), minutes)
+    asked = MethodChoice(
+        method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()), minutes, bits, levels
+    )
     if plan is not None:
         refuse(context, "the plan says what is done to which layers (--plan)", *SHARING)
     if stream:
         refuse(context, "streamed models are built by transformers' own classes (--stream)", "remote_code")
     given = Plan.load(plan) if plan is not None else None
-    quantizes = given is not None and any(one.quantize for one in given.layers.values())
+    quantizes = asked.hands_out_bits if given is None else any(one.quantize for one in given.layers.values())
     chosen = solver_of(solver, solver_set or (), given.solver if given is not None else None, quantizes=quantizes)
     built = None if given is not None else asked.build(seed=seed, solver=chosen.name)
     where = device_of(device)
@@ -98,7 +102,7 @@ def compress(
     if chosen.needs == "none" and not (built is not None and built.needs_data):
         who = f"solver {chosen.name}" if built is None else f"method {built.name} and solver {chosen.name}"
         refuse(context, f"since {who} look{'s' if built is None else ''} at weights alone", *CALIBRATION, "spill")
-        if chosen.name != "random" and not hasattr(built, "seed"):
+        if chosen.name != "random" and not getattr(built, "draws", hasattr(built, "seed")):
             refuse(context, f"since {who} draw{'s' if built is None else ''} nothing", "seed")
     else:
         drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen)

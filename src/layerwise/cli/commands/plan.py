@@ -1,24 +1,16 @@
 """`layerwise plan`: decide, write the decision down, change nothing."""
 
-from typing import TYPE_CHECKING, Any
-
 import typer
 from rich.markup import escape
-from rich.text import Text
 
 from .. import options
 from ..given import CALIBRATION, SHARING, refuse
 from ..inputs import DataChoice, ModelChoice
+from ..plan_tables import show_plan
 from ..planning import make_plan, record_of, tried_of
 from ..running import show_notes
-from ..screen import Screen, table
+from ..screen import Screen
 from ..settings import MethodChoice
-
-if TYPE_CHECKING:
-    from ...plan import Plan
-    from ...structure import Structure
-
-MOST_BARS = 48  # a model of more blocks than this gets no chart in the terminal
 
 
 def plan(
@@ -29,6 +21,9 @@ def plan(
     method: options.Method = None,
     sparsity: options.Sparsity = None,
     pattern: options.Pattern = None,
+    bits: options.Bits = None,
+    levels: options.Levels = None,
+    for_: options.For = None,
     set_: options.Set = None,
     min_sparsity: options.MinSparsity = None,
     max_sparsity: options.MaxSparsity = None,
@@ -49,9 +44,10 @@ def plan(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Decide how sparse each layer gets, and write the plan to a file that can be read, edited and applied.
+    """Decide how sparse each layer gets, or how many bits, and write the plan to a file that can be read, edited and applied.
 
     [dim]Example:[/]  layerwise plan demo --method erk --sparsity 0.6 -o plan.yaml
+    [dim]Bits:[/]     layerwise plan demo --method lwq --bits 3.25 --levels 2,4 -o plan.yaml
     [dim]Whatever is best for one solver:[/]  layerwise plan demo --method auto --set solver=sparsegpt --minutes 5 -o plan.yaml
     [dim]After edits by hand:[/]  layerwise plan demo --edit plan.yaml --rebalance --keep '*.down_proj' -o plan2.yaml
     """
@@ -66,14 +62,16 @@ def plan(
     if edit is None:
         refuse(context, "without --edit PLAN there is nothing to shift", "rebalance", "keep")
     else:
-        refuse(context, "since --edit starts from a plan: change its file", *SHARING, *CALIBRATION, "seed")
+        refuse(context, "since --edit starts from a plan: change its file", *SHARING, "for_", *CALIBRATION, "seed")
     if not rebalance:
         refuse(context, "without --rebalance every layer stays as it is", "keep")
     chosen_globs = (
         (tuple(include or ()), tuple(exclude or ())) if edit is None else (("*",), ())
     )  # a plan names its layers itself
     choice = ModelChoice(model, dtype, *chosen_globs, remote_code)
-    chosen = MethodChoice(method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()), minutes)
+    chosen = MethodChoice(
+        method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()), minutes, bits, levels, for_
+    )
     search = None
     if edit is not None:
         made = Plan.load(edit)
@@ -87,7 +85,7 @@ def plan(
         drawn = None
         if not built.needs_data:
             refuse(context, f"since method {built.name} looks at weights alone", *CALIBRATION)
-            if not hasattr(built, "seed"):
+            if not getattr(built, "draws", hasattr(built, "seed")):
                 refuse(context, f"since method {built.name} draws nothing", "seed")
         else:
             drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen)
@@ -98,49 +96,9 @@ def plan(
     if output is not None:
         made.save(output, force=force)
         record_of(output).unlink(missing_ok=True)
-    _show(made, structure, screen)
+    show_plan(made, structure, screen)
     if edit is not None:
         show_notes(made.notes, screen)
     if output is not None:
         screen.show(escape(f"\nWritten to {output}. Apply it: layerwise compress {model} --plan {output} -o OUT"))
     screen.show_json({"output": None if output is None else str(output), "plan": made.to_dict(), **tried_of(search)})
-
-
-def _show(made: "Plan", structure: "Structure", screen: Screen) -> None:
-    from ...report import bar_chart
-
-    zeros, sizes = made.zeros(structure.layers), {layer.name: layer.size for layer in structure.layers}
-    total = sum(sizes[name] for name in zeros)
-    screen.show(
-        f"[bold]{made.method.get('name', 'plan')}[/]: {sum(zeros.values()):,} of {total:,} weights become zero"
-        f" ({made.achieved_sparsity(structure.layers):.4%} of {len(zeros)} layers)\n"
-    )
-    blocks: dict[str, float] = {}
-    for block in structure.blocks:
-        inside = [layer.name for layer in block.layers if layer.name in zeros]
-        if inside:
-            blocks[block.name] = sum(zeros[name] for name in inside) / sum(sizes[name] for name in inside)
-    if 1 < len(blocks) <= MOST_BARS:
-        width = min(screen.out.width, 100)
-        screen.show(
-            Text(
-                bar_chart(blocks, width, form=".1%", maximum=1.0, ascii_only=screen.out.encoding == "ascii"),
-                style="cyan",
-            )
-        )
-    screen.show("", _by_role(structure, zeros))
-
-
-def _by_role(structure: "Structure", zeros: dict[str, int]) -> Any:
-    rows = table("role", "layers", "weights", "least sparse", "mean", "most sparse")
-    groups: dict[str, list[tuple[int, int]]] = {}
-    for layer in structure.layers:
-        if layer.name in zeros:
-            groups.setdefault(layer.role, []).append((zeros[layer.name], layer.size))
-    for role, counts in groups.items():
-        shares = [empty / size for empty, size in counts]
-        empty, size = sum(e for e, _ in counts), sum(s for _, s in counts)
-        rows.add_row(
-            role, str(len(counts)), f"{size:,}", f"{min(shares):.1%}", f"{empty / size:.1%}", f"{max(shares):.1%}"
-        )
-    return rows

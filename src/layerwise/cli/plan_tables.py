@@ -1,0 +1,74 @@
+"""A plan on the screen: what it takes away in all, a bar for each block, a line for each role."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from .screen import Screen, table
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+    from ..structure import Layer, Structure
+
+MOST_BARS = 48  # a model of more blocks than this gets no chart in the terminal
+
+
+def show_plan(made: "Plan", structure: "Structure", screen: Screen) -> None:
+    """Zeros, bits, or both, of the layers that the plan treats so."""
+    zeros = made.zeros(structure.layers)
+    bits = {name: entry.quantize.bits for name, entry in made.layers.items() if entry.quantize}
+    name = f"[bold]{made.method.get('name', 'plan')}[/]"
+    if zeros or not bits:
+        sizes = {layer.name: layer.size for layer in structure.layers}
+        total = sum(sizes[one] for one in zeros)
+        screen.show(
+            f"{name}: {sum(zeros.values()):,} of {total:,} weights become zero"
+            f" ({made.achieved_sparsity(structure.layers):.4%} of {len(zeros)} layers)\n"
+        )
+        shares = {one: zeros[one] / sizes[one] for one in zeros if sizes[one]}
+        _chart(_by_block(structure, shares), screen, ".1%", 1.0)
+        screen.show("", _by_role(structure, shares, "{:.1%}", ("least sparse", "mean", "most sparse")))
+    if bits:
+        true, nominal = made.achieved_bits(structure.layers), made.achieved_bits(structure.layers, nominal=True)
+        screen.show(
+            f"{name}: {true:.4f} bits per weight with scales and zeros, {nominal:.4f} without ({len(bits)} layers)\n"
+        )
+        levels = {one: float(value) for one, value in bits.items()}
+        _chart(_by_block(structure, levels), screen, ".2f", float(max(bits.values())))
+        screen.show("", _by_role(structure, levels, "{:.2f}", ("fewest bits", "mean", "most bits")))
+
+
+def _by_block(structure: "Structure", values: Mapping[str, float]) -> dict[str, float]:
+    """Block -> mean over the weights of its layers."""
+    found = {}
+    for block in structure.blocks:
+        if inside := [layer for layer in block.layers if layer.name in values]:
+            found[block.name] = _mean(inside, values)
+    return found
+
+
+def _mean(layers: "list[Layer]", values: Mapping[str, float]) -> float:
+    return sum(values[layer.name] * layer.size for layer in layers) / sum(layer.size for layer in layers)
+
+
+def _chart(blocks: dict[str, float], screen: Screen, form: str, maximum: float) -> None:
+    from ..report import bar_chart
+
+    if 1 < len(blocks) <= MOST_BARS:
+        width, plain = min(screen.out.width, 100), screen.out.encoding == "ascii"
+        screen.show(Text(bar_chart(blocks, width, form=form, maximum=maximum, ascii_only=plain), style="cyan"))
+
+
+def _by_role(structure: "Structure", values: Mapping[str, float], form: str, columns: tuple[str, str, str]) -> Any:
+    rows = table("role", "layers", "weights", *columns)
+    groups: dict[str, list[Layer]] = {}
+    for layer in structure.layers:
+        if layer.name in values:
+            groups.setdefault(layer.role, []).append(layer)
+    for role, layers in groups.items():
+        of = [values[layer.name] for layer in layers]
+        figures = (min(of), _mean(layers, values), max(of))
+        size = sum(layer.size for layer in layers)
+        rows.add_row(role, str(len(layers)), f"{size:,}", *(form.format(one) for one in figures))
+    return rows

@@ -1,0 +1,180 @@
+"""What the methods that hand out bits share: their common settings, what shares a level, what it costs, and the plan."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import nn
+
+from ..allocate import Costs, check_levels, merged
+from ..errors import ConfigError, ModelError, ShapeError
+from ..plan import Budget, Plan, Quantize
+from ..structure import Layer, Structure
+from .assemble import found, named_plan
+from .base import Method
+
+Unit = Literal["block", "layer"]
+Target = Literal["transformers", "vllm"]
+Indivisible = Literal["error", "row"]
+
+VLLM_LEVELS = (2, 4, 8)
+# vLLM runs these as one matrix, which has one scheme: by role, inside one module
+_FUSED = (("q", "k", "v"), ("gate", "up"))
+
+
+@dataclass(frozen=True)
+class BitSettings:
+    """Base of the methods that hand out bits: frozen, flat, plain values that are written into the plan."""
+
+    # average over the weights that are quantised, never exceeded: true bits, scales and zeros counted
+    bits: float = 3.25
+    levels: str = "2,4"  # bits that a weight can get
+    granularity: Unit = "block"  # what shares one level
+    group: int = 128  # inputs that share a scale; 0: all of a row
+    symmetric: bool = False
+    # count floating zeros (HQQ, shift grids: 16 bits each), not whole ones (as many bits as a weight)
+    shift: bool = False
+    nominal: bool = False  # the average is of the levels alone
+    # vllm: what it fuses (q, k, v; gate, up; all experts of a block) shares a level, of 2, 4 and 8
+    target: Target = "transformers"
+    # layers whose inputs the group does not divide: refuse, or one scale for each row
+    indivisible: Indivisible = "error"
+    pin_ends: bool = False  # the first and the last block of every stack stay at the highest level
+
+    @property
+    def owner(self) -> str:
+        """Whose settings these are, for messages."""
+        return type(self).__name__
+
+    def __post_init__(self) -> None:
+        self.check_words("granularity", get_args(Unit))
+        self.check_words("target", get_args(Target))
+        self.check_words("indivisible", get_args(Indivisible))
+        if not self.bits > 0:
+            raise ConfigError(f"{self.owner}.bits={self.bits:g}: give bits per weight, more than 0.")
+        if self.group < 0:
+            raise ConfigError(f"{self.owner}.group={self.group}: give inputs that share a scale, or 0 for a row.")
+        chosen = self.chosen_levels
+        if self.target == "vllm" and (odd := [level for level in chosen if level not in VLLM_LEVELS]):
+            raise ConfigError(
+                f'{self.owner}.levels="{self.levels}": vLLM runs 2, 4 and 8 bits, not {odd[0]}. Give levels=2,4,8 or some of them.'
+            )
+
+    def check_words(self, field: str, words: Sequence[str]) -> None:
+        """Raise ConfigError unless the field is one of these words."""
+        if getattr(self, field) not in words:
+            raise ConfigError(f'{self.owner}.{field}="{getattr(self, field)}": give {", ".join(words)}.')
+
+    @property
+    def chosen_levels(self) -> list[int]:
+        """`levels` as numbers, rising. Raises ConfigError for what are none, or not 2 to 8 bits."""
+        words = [word.strip() for word in self.levels.split(",")]
+        if not all(word.isdigit() and 2 <= int(word) <= 8 for word in words) or len({*words}) < len(words):
+            raise ConfigError(
+                f'{self.owner}.levels="{self.levels}": give whole bits, 2 to 8, each once, such as levels=2,4.'
+            )
+        return sorted(map(int, words))
+
+
+@dataclass(frozen=True)
+class Hand:
+    """A model's layers as what bits are handed out to. `units` share a level each; costs and sizes are by unit, fixed ones apart."""
+
+    method: Method
+    settings: BitSettings
+    structure: Structure
+    units: dict[str, tuple[Layer, ...]]
+    costs: Costs  # unit -> level -> bits; one level where it is pinned
+    sizes: dict[str, int]
+    notes: tuple[str, ...]
+
+    def treatment(self, layer: Layer, level: int) -> Quantize:
+        """What a layer gets at this level."""
+        return _treatment(self.settings, layer, level)
+
+    def plan(
+        self, model: nn.Module, levels: Mapping[str, int], scores: Mapping[str, float], notes: Sequence[str] = ()
+    ) -> Plan:
+        """The plan in which every layer has the level of its unit."""
+        level_of = {layer.name: levels[unit] for unit, layers in self.units.items() for layer in layers}
+        entries = {
+            layer.name: self.treatment(layer, level_of[layer.name])
+            for layer in self.structure
+            if layer.name in level_of
+        }
+        settings = self.settings
+        budget = Budget(bits=settings.bits, nominal=settings.nominal or None, shift=settings.shift or None)
+        return named_plan(self.method, model, self.structure, budget, entries, scores, (*self.notes, *notes))
+
+
+def dealt(method: Method, settings: BitSettings, model: nn.Module, structure: Structure | None) -> Hand:
+    """Units with their costs, checked before any work.
+
+    Raises ModelError (nothing to quantise), ShapeError (layers that the group does not divide), BudgetError saying what is feasible.
+    """
+    structure = found(model, structure)
+    layers = [layer for layer in structure if layer.kind != "table"]
+    if not layers:
+        raise ModelError(f"{type(model).__name__}: none of its layers is a matrix that could be quantised.")
+    tables = len(structure.layers) - len(layers)
+    notes = [f"{tables} tables (gains of norms, positions) keep their bits."] if tables else []
+    odd = [layer for layer in layers if settings.group and layer.columns % settings.group]
+    if odd and settings.indivisible == "error":
+        raise ShapeError(_indivisible(settings.group, odd, len(layers)))
+    if odd:
+        notes.append(
+            f"{len(odd)} layers have one scale for each row: groups of {settings.group} do not divide their inputs."
+        )
+    costs = {
+        layer.name: {
+            level: _treatment(settings, layer, level).stored_bits(
+                layer.size, layer.columns, nominal=settings.nominal, shift=settings.shift
+            )
+            for level in settings.chosen_levels
+        }
+        for layer in layers
+    }
+    units = _units(structure, layers, settings)
+    by_unit = merged(costs, {unit: [layer.name for layer in inside] for unit, inside in units.items()})
+    if settings.pin_ends:
+        ends = {block.name for stack in structure.stacks for block in (stack.blocks[0], stack.blocks[-1])}
+        for unit, inside in units.items():
+            if inside[0].block in ends:
+                by_unit[unit] = {max(by_unit[unit]): by_unit[unit][max(by_unit[unit])]}
+    sizes = {unit: sum(layer.size for layer in inside) for unit, inside in units.items()}
+    check_levels(by_unit, sizes, settings.bits)
+    return Hand(method, settings, structure, units, by_unit, sizes, tuple(notes))
+
+
+def _units(structure: Structure, layers: Sequence[Layer], settings: BitSettings) -> dict[str, tuple[Layer, ...]]:
+    """Name -> the layers that share one level, in the order of the structure. A unit has the name of its block, or of its first layer."""
+    tied: dict[str, list[Layer]] = {}
+    for layer in layers:
+        if settings.granularity == "block" and layer.block is not None:
+            tied.setdefault(layer.block, []).append(layer)
+        else:
+            tied.setdefault(_fused_with(layer) if settings.target == "vllm" else layer.name, []).append(layer)
+    blocks = {block.name for block in structure.blocks}
+    return {(key if key in blocks else inside[0].name): tuple(inside) for key, inside in tied.items()}
+
+
+def _fused_with(layer: Layer) -> str:
+    """A name that is the same for layers that vLLM runs as one."""
+    if layer.kind == "experts" or ".experts." in layer.name:  # one scheme for all of a block
+        return f"{layer.block}:experts"
+    roles = next((roles for roles in _FUSED if layer.role in roles), None)
+    return f"{layer.name.rpartition('.')[0]}:{roles[0]}" if roles else layer.name
+
+
+def _treatment(settings: BitSettings, layer: Layer, level: int) -> Quantize:
+    group = settings.group if settings.group and not layer.columns % settings.group else None
+    return Quantize(bits=level, group=group, symmetric=settings.symmetric)
+
+
+def _indivisible(group: int, odd: Sequence[Layer], layers: int) -> str:
+    shown = ", ".join(f'"{layer.name}" ({layer.rows} x {layer.columns})' for layer in odd[:3])
+    more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+    return (
+        f"group={group} does not divide the inputs of {len(odd)} of {layers} layers (outputs x inputs): {shown}{more}."
+        " Give another group (--set group=64; 0: a row), exclude them, or give them one scale for each row: indivisible=row."
+    )
