@@ -5,6 +5,7 @@ from .places import model_folder
 from .save import Saved, SavedReport, needed_bytes, save, saved_report
 from .stream import load_streamed
 from .streamed import save_whole_streamed
+from .targets import Target, check_plan, target_of
 from .verify import Verified
 from .whole import check_output
 from .zeros import count_zeros
@@ -12,9 +13,11 @@ from .zeros import count_zeros
 __all__ = [
     "Saved",
     "SavedReport",
+    "Target",
     "Verified",
     "check_finite",
     "check_output",
+    "check_plan",
     "count_zeros",
     "load",
     "load_image_processor",
@@ -26,4 +29,5 @@ __all__ = [
     "save",
     "save_whole_streamed",
     "saved_report",
+    "target_of",
 ]
