@@ -61,6 +61,16 @@ Set = Annotated[
     list[str] | None,
     _option(HOW, "NAME=VALUE", "A setting of the method, e.g. spread=0.1 (repeatable).", "--set"),
 ]
+For = Annotated[
+    str | None,
+    _option(
+        HOW,
+        "ENGINE",
+        "What will load the folder of a plan with bits: transformers, or [bold]vllm[/] (which runs 2, 4 and 8 bits, and q, k, v and gate,"
+        " up alike).  [dim]default: transformers[/]",
+        "--for",
+    ),
+]
 MinSparsity = Annotated[float | None, _option(HOW, "S", "No layer below this.")]
 MaxSparsity = Annotated[float | None, _option(HOW, "S", "No layer above this.")]
 Minutes = Annotated[

@@ -1,6 +1,7 @@
 """Models and tokenizers in and out of folders, in stock formats; what is saved is checked in a fresh process."""
 
 from .load import check_finite, load, load_image_processor, load_into, load_tokenizer
+from .packed_write import linears_of, need_compressed_tensors
 from .places import model_folder
 from .save import Saved, SavedReport, needed_bytes, save, saved_report
 from .stream import load_streamed
@@ -19,12 +20,14 @@ __all__ = [
     "check_output",
     "check_plan",
     "count_zeros",
+    "linears_of",
     "load",
     "load_image_processor",
     "load_into",
     "load_streamed",
     "load_tokenizer",
     "model_folder",
+    "need_compressed_tensors",
     "needed_bytes",
     "save",
     "save_whole_streamed",

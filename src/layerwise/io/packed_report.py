@@ -2,8 +2,9 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from .packed_read import packed_folder
 from .weights import check_file
@@ -21,6 +22,10 @@ class PackedReport:
     def bits(self) -> float:
         """True bits per packed weight: scales and zeros counted, as stored."""
         return 8 * self.bytes / self.weights if self.weights else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "bits": self.bits}
 
     def lines(self) -> list[str]:
         """What was packed, and what that does not give."""

@@ -79,8 +79,12 @@ def choose(model: nn.Module, codes: Mapping[str, Codes], target: Target) -> Pack
             f"{_layers(wider)} stored symmetric with more bits, the weights unchanged: transformers with compressed-tensors 0.18 to"
             " 0.20 cannot read zeros. Solve with symmetric grids, or save for vllm, to store what was solved."
         )
-    linears = tuple(name for name, module in modules.items() if isinstance(module, nn.Linear))
-    return Packing(kept, linears, tuple(notes), dtypes)
+    return Packing(kept, linears_of(model), tuple(notes), dtypes)
+
+
+def linears_of(model: nn.Module) -> tuple[str, ...]:
+    """The names of its linears, which are what the format can hold."""
+    return tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
 
 
 def need_compressed_tensors() -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ...engine import Result, Settings, Work
-    from ...io import Saved
+    from ...io import Saved, Target
     from ...methods import Search
     from ...plan import Plan
     from ...solvers import Solver
@@ -42,6 +42,7 @@ def compress(
     plan: options.Apply = None,
     solver: options.Solver = None,
     solver_set: options.SolverSet = None,
+    for_: options.For = None,
     propagate: options.Propagate = "compressed",
     data: options.Data = None,
     samples: options.Samples = 128,
@@ -68,12 +69,13 @@ def compress(
     [dim]Several processes:[/]  torchrun --nproc-per-node 2 -m layerwise compress demo -o out
     """
     from ...engine import Ranks, Settings, Work
-    from ...io import check_output
+    from ...io import check_output, check_plan, linears_of, need_compressed_tensors, target_of
     from ...methods import Auto
     from ...passes import spilling
     from ...plan import Plan
 
     screen = Screen(json=json, quiet=quiet)
+    target = target_of(for_ or "transformers")
     chosen_globs = (
         (tuple(include or ()), tuple(exclude or ())) if plan is None else (("*",), ())
     )  # a plan names its layers itself
@@ -118,7 +120,10 @@ def compress(
                 show_notes(given.notes, screen)
                 final = given if given.model is not None else with_facts(given, choice, structure)
                 final = _with_solver(final, chosen)
-            job = _Job(choice, loaded, final, chosen, drawn, settings, held, stream)
+            check_plan(final, linears_of(loaded), target)
+            if not stream and any(one.quantize for one in final.layers.values()):
+                need_compressed_tensors()  # now, not after the work
+            job = _Job(choice, loaded, final, chosen, drawn, settings, held, stream, target)
             result = job.run(screen)
         saved = job.save(output, force, result, screen) if ranks.rank == 0 else None
     if saved is not None:
@@ -138,6 +143,7 @@ class _Job:
     settings: "Settings"
     work: "Work"
     stream: bool
+    target: "Target"
 
     def run(self, screen: Screen) -> "Result":
         """The walk."""
@@ -158,11 +164,19 @@ class _Job:
         from ...errors import ModelError
         from ...io import load_tokenizer, save, save_whole_streamed
 
+        codes = getattr(result, "codes", None)
         measured = {"sparsity": result.sparsity, "seconds": result.seconds, "calibration": result.data}
         with screen.task(f"Saving to {output} and loading it back"):
             if self.stream:
                 return save_whole_streamed(
-                    self.model, output, plan=self.plan, result=measured, force=force, dense=self.choice.folder
+                    self.model,
+                    output,
+                    plan=self.plan,
+                    result=measured,
+                    force=force,
+                    dense=self.choice.folder,
+                    codes=codes,
+                    target=self.target,
                 )
             try:
                 tokenizer = load_tokenizer(self.choice.name, remote_code=self.choice.remote_code)
@@ -176,6 +190,8 @@ class _Job:
                 result=measured,
                 force=force,
                 dense=self.choice.folder,
+                codes=codes,
+                target=self.target,
             )
 
 
@@ -209,6 +225,8 @@ def _show(job: _Job, result: "Result", saved: "Saved", search: "Search | None", 
                 "before": saved.report.before,
                 "zeros": saved.report.zeros,
                 "values": saved.report.values,
+                "packed": saved.report.packed.to_dict() if saved.report.packed else None,
+                "notes": list(saved.report.notes),
                 "verified": saved.verified is not None,
             },
         }
