@@ -37,7 +37,7 @@ def test_one_scheme_each_is_fine():
 )
 def test_schemes_without_a_kernel(scheme, says):
     (problem,) = vllm_problems({MLP[2]: scheme}, LINEARS)
-    assert problem.startswith(f"vllm: {MLP[2]}: ")
+    assert problem.startswith(f"vllm: 1 layer ({MLP[2]}): ")
     assert says in problem
 
 

@@ -1,5 +1,6 @@
 """Models and tokenizers in and out of folders, in stock formats; what is saved is checked in a fresh process."""
 
+from .cpu import int8_on_cpu
 from .load import check_finite, load, load_image_processor, load_into, load_tokenizer
 from .packed_write import linears_of, need_compressed_tensors
 from .places import model_folder
@@ -20,6 +21,7 @@ __all__ = [
     "check_output",
     "check_plan",
     "count_zeros",
+    "int8_on_cpu",
     "linears_of",
     "load",
     "load_image_processor",

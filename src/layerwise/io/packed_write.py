@@ -20,7 +20,7 @@ from ..settings import nearest
 from ..solvers.codes import Codes
 from .pack_quantized import Scheme, scheme_of, tensors_of, weight_of, why_not, widened
 from .packed_config import config_of
-from .targets import Target
+from .targets import Target, some_layers
 from .weights import check_file, weight_files
 
 
@@ -73,10 +73,10 @@ def choose(model: nn.Module, codes: Mapping[str, Codes], target: Target) -> Pack
         if final.bits != own.bits:
             wider.append(layer)
         kept[layer], dtypes[layer] = final, weight.dtype
-    notes = [f"{_layers(layers)} saved dense: {reason}." for reason, layers in dense.items()]
+    notes = [f"{some_layers(layers)} saved dense: {reason}." for reason, layers in dense.items()]
     if wider:
         notes.append(
-            f"{_layers(wider)} stored symmetric with more bits, the weights unchanged: transformers with compressed-tensors 0.18 to"
+            f"{some_layers(wider)} stored symmetric with more bits, the weights unchanged: transformers with compressed-tensors 0.18 to"
             " 0.20 cannot read zeros. Solve with symmetric grids, or save for vllm, to store what was solved."
         )
     return Packing(kept, linears_of(model), tuple(notes), dtypes)
@@ -134,7 +134,9 @@ def _named(packing: Packing, stored: set[str]) -> Packing:
     absent = [layer for layer in packing.codes if f"{layer}.weight" not in stored]
     if not absent:
         return packing
-    note = f"{_layers(absent)} saved dense: the files of this architecture name weights otherwise than the model does."
+    note = (
+        f"{some_layers(absent)} saved dense: the files of this architecture name weights otherwise than the model does."
+    )
     kept = {name: codes for name, codes in packing.codes.items() if name not in absent}
     return replace(packing, codes=kept, notes=(*packing.notes, note))
 
@@ -176,8 +178,3 @@ def _unpackable(module: nn.Module | None, weight: Tensor, names: Mapping[int, Se
         return "the format is for linears"
     shared = names.get(id(weight), [])
     return f"its weight is shared ({', '.join(shared)})" if len(shared) > 1 else None
-
-
-def _layers(names: Sequence[str]) -> str:
-    some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    return f"{len(names)} layer{'s' if len(names) > 1 else ''} ({some})"

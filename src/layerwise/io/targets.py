@@ -6,7 +6,7 @@ that different bits fail while weights load, and it raises where only some are q
 which packs 3, 5, 6 and 7 bits otherwise than 0.18 and later.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, get_args
 
 from ..errors import ConfigError, PlanError
@@ -42,18 +42,11 @@ def check_schemes(schemes: Mapping[str, Scheme], linears: Iterable[str], target:
 
 def vllm_problems(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> list[str]:
     """One sentence for each reason why vLLM would not run these layers; linears without a scheme stay dense."""
-    problems = []
+    without: dict[str, list[str]] = {}  # why no kernel takes them -> layers
     for name, scheme in schemes.items():
-        if scheme.bits not in VLLM_BITS:
-            problems.append(
-                f"vllm: {name}: {scheme.bits} bits are packed in a way that its compressed-tensors does not read. Take 2, 4 or 8."
-            )
-        elif scheme.group not in VLLM_GROUPS:
-            problems.append(
-                f"vllm: {name}: its kernels have no groups of {scheme.group}. Take 32, 64, 128, or null for a whole row."
-            )
-        elif scheme.bits == 8 and not scheme.symmetric:
-            problems.append(f"vllm: {name}: 8 bits with zeros have no kernel but on Hopper. Take symmetric: true.")
+        if reason := _no_kernel(scheme):
+            without.setdefault(reason, []).append(name)
+    problems = [f"vllm: {some_layers(names)}: {reason}" for reason, names in without.items()]
     for group in fused_of(linears):
         kinds: dict[Scheme | None, list[str]] = {}
         for name in group:
@@ -64,6 +57,22 @@ def vllm_problems(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> list
             )
             problems.append(f"vllm: it runs {_some(group)} as one, and they differ ({have}). Give them one treatment.")
     return problems
+
+
+def _no_kernel(scheme: Scheme) -> str | None:
+    if scheme.bits not in VLLM_BITS:
+        return f"{scheme.bits} bits are packed in a way that its compressed-tensors does not read. Take 2, 4 or 8."
+    if scheme.group not in VLLM_GROUPS:
+        return f"its kernels have no groups of {scheme.group}. Take 32, 64, 128, or null for a whole row."
+    if scheme.bits == 8 and not scheme.symmetric:
+        return "8 bits with zeros have no kernel but on Hopper. Take symmetric: true."
+    return None
+
+
+def some_layers(names: Sequence[str]) -> str:
+    """How many, and the first of them."""
+    some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return f"{len(names)} layer{'s' if len(names) > 1 else ''} ({some})"
 
 
 def _first(names: list[str]) -> str:
