@@ -10,6 +10,7 @@ import argparse
 import copy
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,12 @@ def measured(model: nn.Module, subject: Subject, options: argparse.Namespace) ->
 
 
 def timed(run: Callable[[], object], options: argparse.Namespace) -> list[float]:
-    """Milliseconds of one call: median and interquartile range, after a warm-up. torchao's tensors allow little else."""
-    found = Timer("run()", globals={"run": run}, num_threads=options.threads).blocked_autorange(
-        min_run_time=options.seconds
-    )
+    """Milliseconds of one call: median and interquartile range, after a warm-up. torchao's tensors allow little else.
+
+    Of the processor, so that other programs on the machine count for little: all threads together.
+    """
+    timer = Timer("run()", globals={"run": run}, num_threads=options.threads, timer=time.process_time)
+    found = timer.blocked_autorange(min_run_time=options.seconds)
     return [1000 * found.median, 1000 * found.iqr]
 
 
@@ -119,8 +122,8 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]], before: str) 
         "",
         f"Machine: {before} layerwise {lw.__version__}, torch {torch.__version__}.",
         "",
-        f"Milliseconds at batch 1, median (interquartile range): prefill of so many tokens, one token decoded after {CONTEXT}; × is how",
-        f"many times as fast as float32. Perplexity: {options.tokens:,} held-out tokens in windows of 256.",
+        "Milliseconds of the processor at batch 1, median (interquartile range): prefill of so many tokens, and of one token decoded",
+        f"after {CONTEXT}; × is how many times as fast as float32. Perplexity: {options.tokens:,} held-out tokens in windows of 256.",
         "",
         f"| model | way | {' | '.join(f'{column} | ×' for column in columns)} | perplexity |",
         f"|---|---|{'--:|' * (2 * len(columns) + 1)}",

@@ -122,6 +122,7 @@ def test_what_is_counted(tmp_path):
     assert "Zeros do not shrink" not in lines
     facts = json.loads((tmp_path / "out/layerwise.json").read_text())
     assert facts["saved"]["packed"]["by_bits"] == {"4": 14}
+    assert facts["saved"]["packed"]["bits"] == 4.5
     assert "compressed-tensors" in facts["versions"]
 
 

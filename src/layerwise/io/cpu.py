@@ -1,4 +1,4 @@
-"""Run the linears of a model in whole numbers on a CPU: the one change of weights that makes this machine faster at every batch size.
+"""Run the linears of a model in whole numbers on a CPU, by an operator that PyTorch has itself: no compiler, no other library.
 
 Weights are int8 with one scale per row, inputs are rounded to 7 bits by the range of each call, products are summed exactly and scaled back
 (`torch.ops.quantized.linear_dynamic`, in PyTorch itself). For speed alone: how few bits a plan gave a layer does not matter here, and

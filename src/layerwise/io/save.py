@@ -103,6 +103,7 @@ def save(
         loader = _write_model(model, partial)
         if packing is not None:
             packing = pack_folder(partial, packing)
+            check_schemes(packing.schemes, packing.linears, target)  # a layer less may part what is fused
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         report = saved_report(partial, before=before, notes=packing.notes if packing else ())
@@ -198,7 +199,7 @@ def write_records(
     facts = {
         "class": type(model).__name__,
         "loader": f"{loader.library}.{loader.class_name}" if loader else "layerwise.io.load_into",
-        "saved": asdict(saved.report),
+        "saved": asdict(saved.report) | ({"packed": packed.to_dict()} if (packed := saved.report.packed) else {}),
         "verified": asdict(saved.verified) if saved.verified else None,
     }
     if plan is not None:

@@ -42,6 +42,7 @@ def save_whole_streamed(
         save_streamed(model, partial)
         if packing is not None:
             packing = pack_folder(partial, packing)
+            check_schemes(packing.schemes, packing.linears, target)
         notes = packing.notes if packing else ()
         saved = Saved(whole, saved_report(partial, before=before, notes=notes), None)
         write_records(saved, partial, plan, result, model, loader_of(partial))

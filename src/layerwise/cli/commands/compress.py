@@ -167,32 +167,21 @@ class _Job:
         codes = getattr(result, "codes", None)
         measured = {"sparsity": result.sparsity, "seconds": result.seconds, "calibration": result.data}
         with screen.task(f"Saving to {output} and loading it back"):
+            more: dict[str, Any] = {
+                "plan": self.plan,
+                "result": measured,
+                "force": force,
+                "dense": self.choice.folder,
+                "codes": codes,
+                "target": self.target,
+            }
             if self.stream:
-                return save_whole_streamed(
-                    self.model,
-                    output,
-                    plan=self.plan,
-                    result=measured,
-                    force=force,
-                    dense=self.choice.folder,
-                    codes=codes,
-                    target=self.target,
-                )
+                return save_whole_streamed(self.model, output, **more)
             try:
                 tokenizer = load_tokenizer(self.choice.name, remote_code=self.choice.remote_code)
             except ModelError:  # not every model has one
                 tokenizer = None
-            return save(
-                self.model,
-                output,
-                tokenizer=tokenizer,
-                plan=self.plan,
-                result=measured,
-                force=force,
-                dense=self.choice.folder,
-                codes=codes,
-                target=self.target,
-            )
+            return save(self.model, output, tokenizer=tokenizer, **more)
 
 
 def _with_solver(plan: "Plan", solver: "Solver") -> "Plan":
