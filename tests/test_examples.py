@@ -76,6 +76,16 @@ def test_train_sparse_learns_with_a_tenth_of_the_weights(capsys: pytest.CaptureF
 
 
 @needs_demo
+def test_packed_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("compressed_tensors")
+    example("packed_codes").main(tmp_path / "out")
+    out = capsys.readouterr().out
+    assert "56 layers, 24 of 4 bits, 32 of 8 bits" in out
+    assert "75 tensors equal bit for bit" in out
+    assert "difference of logits: 0\n" in out
+
+
+@needs_demo
 def test_compress_in_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert model_folder("demo") == DEMO.parent
     cost = example("compress_in_python").main(str(tmp_path / "out"), length=128)

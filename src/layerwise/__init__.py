@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .engine import walk as walk
     from .evaluate import Evaluation as Evaluation
     from .evaluate import evaluate as evaluate
+    from .io import int8_on_cpu as int8_on_cpu
     from .io import load as load
     from .io import load_tokenizer as load_tokenizer
     from .io import save as save
@@ -38,6 +39,7 @@ _HOME = {
     "compress": "engine",
     "evaluate": "evaluate",
     "held_out": "tasks",
+    "int8_on_cpu": "io",
     "load": "io",
     "load_tokenizer": "io",
     "save": "io",

@@ -1,10 +1,13 @@
 """Models and tokenizers in and out of folders, in stock formats; what is saved is checked in a fresh process."""
 
+from .cpu import int8_on_cpu
 from .load import check_finite, load, load_image_processor, load_into, load_tokenizer
+from .packed_write import linears_of, need_compressed_tensors
 from .places import model_folder
 from .save import Saved, SavedReport, needed_bytes, save, saved_report
 from .stream import load_streamed
 from .streamed import save_whole_streamed
+from .targets import Target, check_plan, target_of
 from .verify import Verified
 from .whole import check_output
 from .zeros import count_zeros
@@ -12,18 +15,24 @@ from .zeros import count_zeros
 __all__ = [
     "Saved",
     "SavedReport",
+    "Target",
     "Verified",
     "check_finite",
     "check_output",
+    "check_plan",
     "count_zeros",
+    "int8_on_cpu",
+    "linears_of",
     "load",
     "load_image_processor",
     "load_into",
     "load_streamed",
     "load_tokenizer",
     "model_folder",
+    "need_compressed_tensors",
     "needed_bytes",
     "save",
     "save_whole_streamed",
     "saved_report",
+    "target_of",
 ]

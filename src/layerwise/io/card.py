@@ -11,7 +11,7 @@ from ..plan import Plan
 def versions() -> dict[str, str]:
     """Package -> version of what made the weights."""
     found = {"python": platform.python_version()}
-    for package in ("layerwise", "torch", "transformers", "diffusers", "safetensors"):
+    for package in ("layerwise", "torch", "transformers", "diffusers", "safetensors", "compressed-tensors"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

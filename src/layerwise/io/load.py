@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from .places import Loader, loader_of, model_folder
+from .packed_read import PackedFolder, dtype_in, packed_folder
+from .places import Loader, loader_of, model_folder, read_config
 from .weights import StoredTensor, check_file, read_tensors, weight_files
 
 _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -28,13 +29,16 @@ def load(
 ) -> nn.Module:
     """The model, in evaluation mode. `name`: "demo", a folder, or a hub name; `dtype` "auto" keeps the stored one.
 
-    The stock class is chosen from config.json (`places.loader_of`). Raises ModelError, one line: no such place, config or
+    The stock class is chosen from config.json (`places.loader_of`). Packed weights (compressed-tensors pack-quantized) become dense ones,
+    bit for bit those that transformers unpacks; compressed-tensors is not needed. Raises ModelError, one line: no such place, config or
     weights, a truncated or corrupt file, an unknown architecture, weights that the architecture lacks or does not know.
     """
     folder = model_folder(name, remote_code=remote_code)
     loader = loader_of(folder, remote_code=remote_code)
     stored = [tensor for file in weight_files(folder) for tensor in check_file(file)]
-    model = _build(folder, loader, _dtype(dtype, loader, stored))
+    packed = packed_folder(folder)
+    wanted = _dtype(dtype, loader, stored)
+    model = _build(folder, loader, wanted) if packed is None else _build_unpacked(packed, loader, wanted)
     return _to(model, device).eval()
 
 
@@ -116,6 +120,41 @@ def _build(folder: Path, loader: Loader, dtype: str | torch.dtype) -> nn.Module:
             model, info = loader.get().from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # the library's own code, on files of others: any class may come out
         raise ModelError(f"{folder}: {loader.library} cannot build the model: {_line(error)}") from error
+    _check_keys(folder, info)
+    assert isinstance(model, nn.Module)  # noqa: S101  (for the type checker)
+    return model
+
+
+def _build_unpacked(packed: PackedFolder, loader: Loader, dtype: str | torch.dtype) -> nn.Module:
+    """The stock class, filled with the dense weights of packed ones; its config says nothing of packing any more."""
+    import transformers
+
+    folder = packed.folder
+    architecture = getattr(transformers, str(read_config(folder)["architectures"][0]), None)
+    if loader.remote_code or architecture is None:
+        raise ModelError(
+            f"{folder}: packed weights are read into stock classes of transformers, not into code of its own."
+        )
+    wanted = dtype if isinstance(dtype, torch.dtype) else dtype_in(read_config(folder))
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            del config.quantization_config
+            state = dict(packed.tensors(wanted))
+            model, info = architecture.from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                dtype=wanted,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+            if (folder / "generation_config.json").is_file():
+                model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    except ModelError:
+        raise
+    except Exception as error:  # the library's own code, on files of others: any class may come out
+        raise ModelError(f"{folder}: transformers cannot build the model: {_line(error)}") from error
     _check_keys(folder, info)
     assert isinstance(model, nn.Module)  # noqa: S101  (for the type checker)
     return model

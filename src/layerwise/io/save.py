@@ -15,10 +15,14 @@ from torch import Tensor, nn
 
 from ..errors import LayerwiseError, ModelError, SaveError
 from ..plan import Plan
+from ..solvers.codes import Codes
 from . import verify as checks
 from .card import card, record
 from .load import quiet
+from .packed_report import PackedReport, packed_report
+from .packed_write import Packing, choose, need_compressed_tensors, pack_folder
 from .places import Loader, loader_of
+from .targets import Target, check_schemes
 from .verify import Verified
 from .weights import weight_files
 from .whole import check_output, is_disk_full, whole_folder
@@ -36,6 +40,8 @@ class SavedReport:
     before: int | None
     zeros: int
     values: int  # in floating-point tensors of two or more dimensions
+    packed: PackedReport | None = None
+    notes: tuple[str, ...] = ()  # layers whose codes are not stored as they were handed over
 
     def lines(self) -> list[str]:
         """In plain words: what became smaller, and what did not."""
@@ -45,9 +51,9 @@ class SavedReport:
             + (f", {self.before:,} before." if self.before is not None else "."),
             f"Zeros counted in the files: {self.zeros:,} of {self.values:,} values in matrices ({share}).",
         ]
-        if self.zeros and (self.before is None or self.bytes >= self.before):
+        if self.zeros and self.packed is None and (self.before is None or self.bytes >= self.before):
             lines.append("Zeros do not shrink this format and do not speed up a stock engine: same bytes, same speed.")
-        return lines
+        return [*lines, *(self.packed.lines() if self.packed else ()), *self.notes]
 
 
 @dataclass(frozen=True)
@@ -75,31 +81,44 @@ def save(
     verify: bool = True,
     inputs: Mapping[str, Tensor] | None = None,
     dense: str | Path | None = None,
+    codes: Mapping[str, Codes] | None = None,
+    target: Target = "transformers",
 ) -> Saved:
     """Write `model` to `folder`: a stock transformers or diffusers folder, or plain weights for a module of another class.
 
     result: measured figures, plain values. inputs: forward arguments for the check (default: small fixed ones). dense: the folder of
-    the model before, to state its bytes. Raises OutputError before anything is written (exists, no room, cannot be written);
-    SaveError if writing fails or the folder does not load back to the same model: then no folder appears.
+    the model before, to state its bytes. codes: layer -> codes of the weight that it has now; stored packed in their place
+    (compressed-tensors pack-quantized), or dense with a note where the format or `target` cannot hold them. Raises OutputError before
+    anything is written (exists, no room, cannot be written), PlanError if `target` cannot run the codes' schemes, MissingExtra if they
+    cannot be loaded back; SaveError if writing fails or the folder does not load back to the same model: then no folder appears.
     """
-    target = check_output(folder, force=force, needed=needed_bytes(model))
+    packing = choose(model, codes, target) if codes else None
+    if packing is not None:
+        check_schemes(packing.schemes, packing.linears, target)
+        if verify and packing.codes:
+            need_compressed_tensors()
+    whole = check_output(folder, force=force, needed=needed_bytes(model) * (2 if packing else 1))
     before = sum(file.stat().st_size for file in weight_files(Path(dense))) if dense is not None else None
-    with whole_folder(target, force=force) as partial:
+    with whole_folder(whole, force=force) as partial:
         loader = _write_model(model, partial)
+        if packing is not None:
+            packing = pack_folder(partial, packing)
+            check_schemes(packing.schemes, packing.linears, target)  # a layer less may part what is fused
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        report = saved_report(partial, before=before)
-        verified = _verified(model, partial, target, loader, inputs) if verify else None
-        saved = Saved(target, report, verified)
+        report = saved_report(partial, before=before, notes=packing.notes if packing else ())
+        verified = _verified(model, partial, whole, loader, inputs, packing) if verify else None
+        saved = Saved(whole, report, verified)
         write_records(saved, partial, plan, result, model, loader)
     return saved
 
 
-def saved_report(folder: str | Path, *, before: int | None = None) -> SavedReport:
+def saved_report(folder: str | Path, *, before: int | None = None, notes: tuple[str, ...] = ()) -> SavedReport:
     """Count bytes and zeros in the files of a saved model. Raises ModelError if it has no weights."""
     counts = [(zeros, math.prod(shape)) for zeros, shape in count_zeros(Path(folder)).values() if len(shape) > 1]
     size = sum(file.stat().st_size for file in weight_files(Path(folder)))
-    return SavedReport(size, before, sum(zeros for zeros, _ in counts), sum(values for _, values in counts))
+    zeros, values = sum(zeros for zeros, _ in counts), sum(values for _, values in counts)
+    return SavedReport(size, before, zeros, values, packed_report(Path(folder)), notes)
 
 
 def needed_bytes(model: nn.Module) -> int:
@@ -149,14 +168,19 @@ def _any_generation_config(model: nn.Module, folder: Path) -> Iterator[None]:
 
 
 def _verified(
-    model: nn.Module, partial: Path, target: Path, loader: Loader | None, inputs: Mapping[str, Tensor] | None
+    model: nn.Module,
+    partial: Path,
+    target: Path,
+    loader: Loader | None,
+    inputs: Mapping[str, Tensor] | None,
+    packing: Packing | None,
 ) -> Verified:
     try:
-        return (
-            checks.verify_tensors(model, partial)
-            if loader is None
-            else checks.verify(model, partial, loader, inputs=inputs)
-        )
+        if loader is None:
+            return checks.verify_tensors(model, partial)
+        if packing is not None and any(not scheme.symmetric for scheme in packing.schemes.values()):
+            return checks.verify_packed(model, partial, packing)
+        return checks.verify(model, partial, loader, inputs=inputs, packing=packing)
     except SaveError as error:  # name the folder that the user asked for
         raise SaveError(str(error).replace(str(partial), str(target))) from error
     except ModelError as error:
@@ -175,7 +199,7 @@ def write_records(
     facts = {
         "class": type(model).__name__,
         "loader": f"{loader.library}.{loader.class_name}" if loader else "layerwise.io.load_into",
-        "saved": asdict(saved.report),
+        "saved": asdict(saved.report) | ({"packed": packed.to_dict()} if (packed := saved.report.packed) else {}),
         "verified": asdict(saved.verified) if saved.verified else None,
     }
     if plan is not None:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from ..errors import ModelError, SaveError
 from ..structure import structure_of
 from .load import quiet
-from .places import loader_of, model_folder
+from .packed_read import PackedFolder, dtype_in, packed_folder
+from .places import loader_of, model_folder, read_config
 from .weights import check_file, weight_files
 
 
@@ -31,10 +32,17 @@ class BlockFiles:
     """The store of a streamed model (`passes.residency.Store`): which file has which tensor of which block."""
 
     def __init__(
-        self, model: nn.Module, folder: Path, where: Mapping[str, Path], blocks: list[str], dtype: torch.dtype | None
+        self,
+        model: nn.Module,
+        folder: Path,
+        where: Mapping[str, Path],
+        blocks: list[str],
+        dtype: torch.dtype | None,
+        packed: PackedFolder | None = None,
     ) -> None:
-        self.model, self.folder, self.dtype = model, folder, dtype
+        self.model, self.folder, self.dtype, self.packed = model, folder, dtype, packed
         self.where = dict(where)  # full tensor name -> file
+        self.codes = set(packed.weights) if packed else set()  # the names whose weights the files have as codes
         names = [name for name in model.state_dict() if name in self.where]
         self.names = {block: [name for name in names if name.startswith(f"{block}.")] for block in blocks}
         facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weight_files(folder)]
@@ -53,13 +61,14 @@ class BlockFiles:
     def read(self, parameter: str) -> Tensor:
         """The values of one parameter, in the dtype of the model; it stays on the meta device."""
         with safe_open(self.where[parameter], framework="pt") as opened:
-            return self._cast(opened.get_tensor(parameter))
+            return self._cast(self._stored(opened, parameter))
 
     def replace(self, block: str, file: Path) -> None:
         """From now on the block's tensors are those of this file, where it has them."""
         with safe_open(file, framework="pt") as opened:
             for name in set(opened.keys()) & set(self.names.get(block, [])):
                 self.where[name] = file
+                self.codes.discard(name)
 
     def fill_rest(self) -> None:
         """Bring what belongs to no block, once and for all."""
@@ -75,7 +84,13 @@ class BlockFiles:
                 file, framework="pt"
             ) as opened:  # closed after each block: its pages count as memory while open
                 for name in inside:
-                    _set(self.model, name, self._cast(opened.get_tensor(name)))
+                    _set(self.model, name, self._cast(self._stored(opened, name)))
+
+    def _stored(self, opened: Any, name: str) -> Tensor:
+        """The values in an open file, unpacked where it has them as codes."""
+        if self.packed is None or name not in self.codes:
+            return opened.get_tensor(name)  # type: ignore[no-any-return]
+        return self.packed.weight(name, self.dtype or dtype_in(read_config(self.folder)))
 
     def _cast(self, tensor: Tensor) -> Tensor:
         """A copy, so that nothing keeps the file open."""
@@ -93,7 +108,8 @@ def load_streamed(name: str | Path, *, dtype: torch.dtype | None = None) -> nn.M
 
     folder = model_folder(name)
     loader = loader_of(folder)
-    where = {tensor.name: file for file in weight_files(folder) for tensor in check_file(file)}
+    packed = packed_folder(folder)
+    where = packed.files() if packed else {t.name: file for file in weight_files(folder) for t in check_file(file)}
     try:
         # False, not the default: that asks on the terminal whether to run the folder's code
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -102,12 +118,14 @@ def load_streamed(name: str | Path, *, dtype: torch.dtype | None = None) -> nn.M
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     if loader.library != "transformers" or architecture is None:
         raise ModelError(f"{folder}: only stock transformers models can be streamed; load it whole (without --stream).")
+    if packed is not None:  # what is built is dense
+        del config.quantization_config
     with _parameters_on_meta(), quiet():
         model: nn.Module = architecture._from_config(config)
     model.eval()
     _check_names(model, folder, where)
     blocks = [block.name for block in structure_of(model, include=["*"]).blocks]
-    store = BlockFiles(model, folder, where, blocks, dtype)
+    store = BlockFiles(model, folder, where, blocks, dtype, packed)
     store.fill_rest()
     model.tie_weights()  # type: ignore[operator]
     model.layerwise_store = store  # type: ignore[assignment]
@@ -145,10 +163,14 @@ def save_streamed(model: nn.Module, folder: Path) -> dict[str, str]:
     for path in sorted(store.folder.iterdir()):  # config, generation config, tokenizer: as they were
         if path.suffix in (".json", ".jinja", ".model", ".txt") and not path.name.endswith(".safetensors.index.json"):
             shutil.copyfile(path, folder / path.name)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    changed = dict(config)
+    if store.packed is not None:  # its weights were written dense
+        del changed["quantization_config"]
     if store.dtype is not None:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config["dtype"] = str(store.dtype).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        changed["dtype"] = str(store.dtype).removeprefix("torch.")
+    if changed != config:
+        (folder / "config.json").write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
     return weight_map
 
 

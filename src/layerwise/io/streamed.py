@@ -7,9 +7,12 @@ from typing import Any
 from torch import nn
 
 from ..plan import Plan
+from ..solvers.codes import Codes
+from .packed_write import choose, pack_folder
 from .places import loader_of
 from .save import Saved, saved_report, write_records
 from .stream import save_streamed
+from .targets import Target, check_schemes
 from .weights import weight_files
 from .whole import check_output, whole_folder
 
@@ -22,16 +25,25 @@ def save_whole_streamed(
     plan: Plan | None = None,
     result: Mapping[str, Any] | None = None,
     force: bool = False,
+    codes: Mapping[str, Codes] | None = None,
+    target: Target = "transformers",
 ) -> Saved:
     """Write a model of `load_streamed` to `folder`, one shard per block, each read back and compared; whole or not at all.
 
-    dense: the folder it came from. `verified` is None: no second process has the memory to load it. Raises OutputError before
-    anything is written, SaveError on the way.
+    dense: the folder it came from. codes, target: as of `save`. `verified` is None: no second process has the memory to load it. Raises
+    OutputError and PlanError before anything is written, SaveError on the way.
     """
+    packing = choose(model, codes, target) if codes else None
+    if packing is not None:
+        check_schemes(packing.schemes, packing.linears, target)
     before = sum(file.stat().st_size for file in weight_files(Path(dense)))
-    target = check_output(folder, force=force, needed=before + (32 << 20))
-    with whole_folder(target, force=force) as partial:
+    whole = check_output(folder, force=force, needed=before * (2 if packing else 1) + (32 << 20))
+    with whole_folder(whole, force=force) as partial:
         save_streamed(model, partial)
-        saved = Saved(target, saved_report(partial, before=before), None)
+        if packing is not None:
+            packing = pack_folder(partial, packing)
+            check_schemes(packing.schemes, packing.linears, target)
+        notes = packing.notes if packing else ()
+        saved = Saved(whole, saved_report(partial, before=before, notes=notes), None)
         write_records(saved, partial, plan, result, model, loader_of(partial))
     return saved

@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
+from .packed_read import packed_folder
 from .weights import check_file, weight_files
 
 _FLOATING = ("F64", "F32", "F16", "BF16", "F8")  # safetensors' words; F4 and F6 are packed codes
@@ -16,15 +17,21 @@ ROWS = 2**26  # weights read from a file at once
 def count_zeros(source: Path) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Tensor name -> (zeros, shape) of every floating-point tensor in the files of a folder, or in one file.
 
-    Packed integers are left out: their zeros are codes, not weights. Raises ModelError for files that are missing or damaged.
+    A layer in packed codes counts as the weight that they stand for; other integers are left out. Raises ModelError for files that are
+    missing or damaged.
     """
     counts = {}
+    packed = packed_folder(source)
     for path in files_of(source):
         floating = [tensor for tensor in check_file(path) if tensor.type.startswith(_FLOATING)]
+        floating = [tensor for tensor in floating if packed is None or packed.belongs(tensor.name) is None]
         with safe_open(path, framework="pt") as file:
             for tensor in floating:
                 zeros = sum(zeros_in(piece) for piece in _pieces(file, tensor.name, tensor.shape))
                 counts[tensor.name] = zeros, tensor.shape
+    if packed is not None:
+        for layer in packed.schemes:
+            counts[f"{layer}.weight"] = zeros_in(packed.codes(layer).weight()), packed.shape(layer)
     return counts
 
 

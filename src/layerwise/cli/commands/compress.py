@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ...engine import Result, Settings, Work
-    from ...io import Saved
+    from ...io import Saved, Target
     from ...methods import Search
     from ...plan import Plan
     from ...solvers import Solver
@@ -44,6 +44,7 @@ def compress(
     plan: options.Apply = None,
     solver: options.Solver = None,
     solver_set: options.SolverSet = None,
+    for_: options.For = None,
     propagate: options.Propagate = "compressed",
     data: options.Data = None,
     samples: options.Samples = 128,
@@ -71,12 +72,13 @@ def compress(
     [dim]Several processes:[/]  torchrun --nproc-per-node 2 -m layerwise compress demo -o out
     """
     from ...engine import Ranks, Settings, Work
-    from ...io import check_output
+    from ...io import check_output, check_plan, linears_of, need_compressed_tensors, target_of
     from ...methods import Auto
     from ...passes import spilling
     from ...plan import Plan
 
     screen = Screen(json=json, quiet=quiet)
+    target = target_of(for_ or "transformers")
     chosen_globs = (
         (tuple(include or ()), tuple(exclude or ())) if plan is None else (("*",), ())
     )  # a plan names its layers itself
@@ -91,7 +93,8 @@ def compress(
     given = Plan.load(plan) if plan is not None else None
     quantizes = asked.hands_out_bits if given is None else any(one.quantize for one in given.layers.values())
     chosen = solver_of(solver, solver_set or (), given.solver if given is not None else None, quantizes=quantizes)
-    built = None if given is not None else asked.build(seed=seed, solver=chosen.name)
+    more = {"target": for_} if for_ else {}  # of methods that plan for one
+    built = None if given is not None else asked.build(seed=seed, solver=chosen.name, **more)
     where = device_of(device)
     ranks = Ranks.join(where)
     check_output(output, force=force, needed=2 * choice.bytes)  # the finished blocks, and the folder made from them
@@ -124,7 +127,10 @@ def compress(
                 show_notes(given.notes, screen)
                 final = given if given.model is not None else with_facts(given, choice, structure)
                 final = _with_solver(final, chosen)
-            job = _Job(choice, loaded, final, chosen, drawn, settings, held, stream)
+            check_plan(final, linears_of(loaded), target)
+            if not stream and any(one.quantize for one in final.layers.values()):
+                need_compressed_tensors()  # now, not after the work
+            job = _Job(choice, loaded, final, chosen, drawn, settings, held, stream, target)
             result = job.run(screen)
         saved = job.save(output, force, result, screen) if ranks.rank == 0 else None
     if saved is not None:
@@ -144,6 +150,7 @@ class _Job:
     settings: "Settings"
     work: "Work"
     stream: bool
+    target: "Target"
 
     def run(self, screen: Screen) -> "Result":
         """The walk."""
@@ -164,27 +171,26 @@ class _Job:
         from ...errors import ModelError
         from ...io import load_tokenizer, save, save_whole_streamed
 
+        codes = getattr(result, "codes", None)
         measured = {"sparsity": result.sparsity, "seconds": result.seconds, "calibration": result.data}
         if result.codes:
             measured |= {"bits": result.bits, "nominal_bits": result.nominal_bits, "model_bits": result.model_bits}
         with screen.task(f"Saving to {output} and loading it back"):
+            more: dict[str, Any] = {
+                "plan": self.plan,
+                "result": measured,
+                "force": force,
+                "dense": self.choice.folder,
+                "codes": codes,
+                "target": self.target,
+            }
             if self.stream:
-                return save_whole_streamed(
-                    self.model, output, plan=self.plan, result=measured, force=force, dense=self.choice.folder
-                )
+                return save_whole_streamed(self.model, output, **more)
             try:
                 tokenizer = load_tokenizer(self.choice.name, remote_code=self.choice.remote_code)
             except ModelError:  # not every model has one
                 tokenizer = None
-            return save(
-                self.model,
-                output,
-                tokenizer=tokenizer,
-                plan=self.plan,
-                result=measured,
-                force=force,
-                dense=self.choice.folder,
-            )
+            return save(self.model, output, tokenizer=tokenizer, **more)
 
 
 def _with_solver(plan: "Plan", solver: "Solver") -> "Plan":
@@ -222,6 +228,8 @@ def _show(job: _Job, result: "Result", saved: "Saved", search: "Search | None", 
                 "before": saved.report.before,
                 "zeros": saved.report.zeros,
                 "values": saved.report.values,
+                "packed": saved.report.packed.to_dict() if saved.report.packed else None,
+                "notes": list(saved.report.notes),
                 "verified": saved.verified is not None,
             },
         }

@@ -1,0 +1,86 @@
+"""What the engines that load a saved folder can run, checked on a plan before any work and on codes before they are written.
+
+vLLM fuses q, k and v, gate and up, and the experts of a block. Its matching of fused layers takes the scheme of the first one for all, so
+that different bits fail while weights load, and it raises where only some are quantised. Read in its sources of 2026, not run here: 4 and
+8 bits go to Marlin (groups of 32, 64, 128 or whole rows; zeros with 4 bits alone), other bits to Humming; its compressed-tensors is 0.17,
+which packs 3, 5, 6 and 7 bits otherwise than 0.18 and later.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, get_args
+
+from ..errors import ConfigError, PlanError
+from ..plan import Plan
+from ..structure.fused import fused_of
+from .pack_quantized import Scheme
+
+Target = Literal["transformers", "vllm"]
+VLLM_BITS = (2, 4, 8)
+VLLM_GROUPS = (None, 32, 64, 128)
+
+
+def target_of(name: str) -> Target:
+    """The checked word. Raises ConfigError."""
+    for known in get_args(Target):
+        if name == known:
+            return known  # type: ignore[no-any-return]
+    raise ConfigError(f'target "{name}": give transformers or vllm.')
+
+
+def check_plan(plan: Plan, linears: Iterable[str], target: Target) -> None:
+    """Raise PlanError listing every way in which the target cannot run this plan. linears: names of every linear of the model."""
+    planned = {name: one.quantize for name, one in plan.layers.items() if one.quantize}
+    schemes = {name: Scheme(one.bits, one.group, one.symmetric) for name, one in planned.items()}
+    check_schemes(schemes, linears, target)
+
+
+def check_schemes(schemes: Mapping[str, Scheme], linears: Iterable[str], target: Target) -> None:
+    """The same of schemes by layer."""
+    if target == "vllm" and (problems := vllm_problems(schemes, linears)):
+        raise PlanError(problems)
+
+
+def vllm_problems(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> list[str]:
+    """One sentence for each reason why vLLM would not run these layers; linears without a scheme stay dense."""
+    without: dict[str, list[str]] = {}  # why no kernel takes them -> layers
+    for name, scheme in schemes.items():
+        if reason := _no_kernel(scheme):
+            without.setdefault(reason, []).append(name)
+    problems = [f"vllm: {some_layers(names)}: {reason}" for reason, names in without.items()]
+    for group in fused_of(linears):
+        kinds: dict[Scheme | None, list[str]] = {}
+        for name in group:
+            kinds.setdefault(schemes.get(name), []).append(name)
+        if len(kinds) > 1:
+            have = "; ".join(
+                f"{_first(names)} {scheme.words() if scheme else 'not quantised'}" for scheme, names in kinds.items()
+            )
+            problems.append(f"vllm: it runs {_some(group)} as one, and they differ ({have}). Give them one treatment.")
+    return problems
+
+
+def _no_kernel(scheme: Scheme) -> str | None:
+    if scheme.bits not in VLLM_BITS:
+        return f"{scheme.bits} bits are packed in a way that its compressed-tensors does not read. Take 2, 4 or 8."
+    if scheme.group not in VLLM_GROUPS:
+        return f"its kernels have no groups of {scheme.group}. Take 32, 64, 128, or null for a whole row."
+    if scheme.bits == 8 and not scheme.symmetric:
+        return "8 bits with zeros have no kernel but on Hopper. Take symmetric: true."
+    return None
+
+
+def some_layers(names: Sequence[str]) -> str:
+    """How many, and the first of them."""
+    some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return f"{len(names)} layer{'s' if len(names) > 1 else ''} ({some})"
+
+
+def _first(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _some(names: tuple[str, ...]) -> str:
+    if len(names) > 4:
+        return f"{names[0]} … {names[-1]} ({len(names)} layers)"
+    above = names[0].rpartition(".")[0]
+    return f"{', '.join(name.removeprefix(f'{above}.') for name in names)} of {above or 'the model'}"

@@ -1,0 +1,62 @@
+"""Packed folders on the command line: measured as the model in memory; what an engine cannot run is refused before any work."""
+
+import json
+import sys
+
+import pytest
+
+from layerwise.cli import main
+from layerwise.evaluate import perplexity
+from layerwise.io import load, load_tokenizer, save
+from layerwise.plan import Plan, Quantize
+from layerwise.structure import structure_of
+from layerwise.tasks import held_out
+from quantized import quantized
+
+COMPRESS = "compress model -o out --data text.txt --samples 2 --length 32 --plan plan.yaml".split()
+
+
+def write_plan(model, bits):
+    """The tiny model's 32 and 48 inputs are no multiples of 64: one scale per row."""
+    layers = {one.name: Quantize(bits=bits(one.name), group=None, symmetric=True) for one in structure_of(model)}
+    Plan(layers=layers).save("plan.yaml")
+
+
+def test_evaluate_gives_the_perplexity_of_the_model_in_memory(here, capsys):
+    model, tokenizer = load("model"), load_tokenizer("model")
+    codes = quantized(model, lambda name, index: ((2, 3, 4, 8)[index % 4], 16, index % 3 > 0))
+    save(model, "out", tokenizer=tokenizer, codes=codes, verify=False)
+    assert main("evaluate out --against model --data text.txt --length 32 --tokens 640 --json".split()) == 0
+    found = json.loads(capsys.readouterr().out)
+    own = perplexity(model, held_out("text.txt", tokenizer, length=32, tokens=640)).value
+    assert found["perplexity"] == own != found["dense_perplexity"]
+    assert found["files"]["model"]["bytes"] < found["files"]["dense"]["bytes"]
+
+
+def test_what_vllm_cannot_fuse_is_refused_before_any_work(here, capsys):
+    write_plan(load("model"), lambda name: 8 if "k_proj" in name else 4)
+    assert main([*COMPRESS, "--for", "vllm"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "vllm" in line]
+    assert len(lines) == 3  # q, k and v of each block
+    assert "q_proj, k_proj, v_proj of model.layers.0.self_attn as one" in lines[0]
+    assert not (here / "out").exists()
+
+
+def test_an_unknown_engine(here, capsys):
+    assert main([*COMPRESS, "--for", "llama.cpp"]) == 2
+    assert 'target "llama.cpp": give transformers or vllm' in capsys.readouterr().err
+
+
+def test_the_missing_extra_is_named_before_any_work(here, capsys, monkeypatch):
+    write_plan(load("model"), lambda name: 4)
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    assert main(COMPRESS) == 2
+    assert "pip install 'layerwise[quant]'" in capsys.readouterr().err
+    assert not (here / "out").exists()
+
+
+@pytest.mark.usefixtures("same_process")
+def test_a_plan_without_bits_may_name_an_engine(here, capsys):
+    arguments = "compress model -o out --solver magnitude --sparsity 0.5 --for vllm --json".split()
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["saved"]["packed"] is None

@@ -1,0 +1,64 @@
+"""Linears in int8 on the CPU: near the linears they replace, only those meant, refusals."""
+
+import pytest
+import torch
+from torch import nn
+
+from layerwise import int8_on_cpu
+from layerwise.errors import ModelError, SelectionError
+from layerwise.io.cpu import Int8Linear
+from models import small_llama
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_near_the_linear_that_it_replaces(dtype, bias):
+    torch.manual_seed(0)
+    linear = nn.Linear(512, 512, bias=bias, dtype=dtype)
+    x = torch.randn(3, 5, 512, dtype=dtype)
+    with torch.no_grad():
+        dense, quick = linear(x), Int8Linear(linear)(x)
+    assert quick.dtype == dtype
+    assert quick.shape == dense.shape
+    error = (quick.float() - dense.float()).norm() / dense.float().norm()
+    assert 0 < error < 0.03
+
+
+def test_a_row_of_zeros_stays_zero():
+    linear = nn.Linear(8, 4, bias=False)
+    linear.weight.data[1] = 0
+    assert (Int8Linear(linear)(torch.randn(2, 8))[:, 1] == 0).all()
+
+
+def test_a_weight_on_the_grid_is_kept():
+    """127 steps either side: rows that hold whole numbers and 127 are exact; so are inputs of 0 and 1."""
+    linear = nn.Linear(4, 1, bias=False)
+    linear.weight.data = torch.tensor([[127.0, -3.0, 5.0, 0.0]])
+    assert Int8Linear(linear)(torch.tensor([[0.0, 1.0, 1.0, 1.0]])).item() == pytest.approx(2, abs=1e-5)
+
+
+def test_a_language_model_without_its_head():
+    model = small_llama(hidden_size=64, intermediate_size=96)
+    ids = torch.arange(3, 19)[None]
+    with torch.no_grad():
+        dense = model(ids).logits
+        assert int8_on_cpu(model) is model
+        quick = model(ids).logits
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    assert sum(kind is Int8Linear for kind in kinds.values()) == 14
+    assert kinds["lm_head"] is nn.Linear
+    assert 0 < (quick - dense).norm() / dense.norm() < 0.05
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 19)
+
+
+def test_shared_weights_stay():
+    model = small_llama(tie_word_embeddings=True)
+    int8_on_cpu(model, exclude=())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_refusals():
+    with pytest.raises(SelectionError, match="no linear to replace"):
+        int8_on_cpu(small_llama(), exclude=["*"])
+    with pytest.raises(ModelError, match="not on the CPU"):
+        int8_on_cpu(small_llama().to("meta"))
