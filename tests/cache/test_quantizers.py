@@ -100,7 +100,8 @@ def test_packed_codes_come_back_and_take_the_bytes_they_should(seed, bits, runs)
 
 def test_packing_worked_by_hand():
     packed = pack(torch.tensor([1, 2, 3, 0, 2, 2, 1, 0], dtype=torch.uint8), 2)
-    assert packed.tolist() == [1 | 3 << 2 | 2 << 4 | 1 << 6, 2 | 0 << 2 | 2 << 4 | 0 << 6]
+    assert packed.tolist() == [1 | 2 << 2 | 3 << 4, 2 | 2 << 2 | 1 << 4]
+    assert pack(torch.tensor([5, 15, 0, 9], dtype=torch.uint8), 4).tolist() == [5 | 15 << 4, 9 << 4]
 
 
 def test_what_cannot_be_done_is_refused():

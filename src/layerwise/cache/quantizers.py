@@ -36,8 +36,8 @@ class Quantized:
 
     def values(self) -> Tensor:
         """The tensor back, float32."""
-        grouped = self.codes.unflatten(self.axis, (-1, self.group))  # type: ignore[no-untyped-call]
-        return torch.addcmul(self.offset, grouped.float(), self.scale).flatten(self.axis - 1, self.axis)
+        grouped: Tensor = self.codes.unflatten(self.axis, (-1, self.group))  # type: ignore[no-untyped-call]
+        return grouped.float().mul_(self.scale).add_(self.offset).flatten(self.axis - 1, self.axis)
 
 
 def quantize(
@@ -79,31 +79,32 @@ def check_bits(bits: int, what: str = "bits") -> None:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """(..., n) uint8 codes below 2**bits -> (..., n * bits / 8) bytes. Raises ShapeError unless they fill whole bytes.
+    """(..., n) uint8 codes below 2**bits -> (..., n * bits / 8) bytes, the first code of a byte in its lowest bits.
 
-    Byte i holds codes i, i + n', i + 2n' ... for n' bytes, the first in the lowest bits: neighbours stay neighbours, so that
-    unpacking writes a few long runs.
+    Raises ShapeError unless they fill whole bytes.
     """
     per_byte = 8 // bits
     if codes.shape[-1] % per_byte:
         raise ShapeError(f"{codes.shape[-1]} codes of {bits} bits do not fill whole bytes. Take more bits, or 16.")
-    packed: Tensor | None = None
-    for place, part in enumerate(codes.chunk(per_byte, dim=-1)):
-        packed = part.clone() if packed is None else packed.bitwise_or_(part << place * bits)
-    assert packed is not None  # noqa: S101  (a byte holds one code at least)
+    parts = codes.unflatten(-1, (-1, per_byte))  # type: ignore[no-untyped-call]
+    packed: Tensor = parts[..., 0].clone()
+    for place in range(1, per_byte):
+        packed.bitwise_or_(parts[..., place] << place * bits)
     return packed
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """The codes that `pack` was given."""
-    per_byte, size = 8 // bits, packed.shape[-1]
-    if per_byte == 1:
+    """The codes that `pack` was given. Bits are spread inside wider whole numbers, all codes of a byte at once."""
+    if bits == 8:
         return packed
-    codes = packed.new_empty((*packed.shape[:-1], per_byte * size))
-    for place in range(per_byte):
-        part = codes.narrow(-1, place * size, size)
-        torch.bitwise_and(packed >> place * bits if place else packed, 2**bits - 1, out=part)
-    return codes
+    if bits == 4:
+        wide = packed.to(torch.int16)
+        wide = wide.bitwise_or_(wide << 4).bitwise_and_(0x0F0F)
+    else:
+        wide = packed.to(torch.int32)
+        wide = wide.bitwise_or_(wide << 12).bitwise_and_(0x000F000F)
+        wide = wide.bitwise_or_(wide << 6).bitwise_and_(0x03030303)
+    return wide.view(torch.uint8)  # the lowest bits come first: every device of torch but s390x is little-endian
 
 
 def _grouped(x: Tensor, bits: int, axis: int, group: int | None) -> tuple[Tensor, int]:
