@@ -29,7 +29,7 @@ def cached_logits(model: nn.Module, batch: Batch, cache: QuantizedKVCache, step:
     ids = batch["input_ids"].to(device)
     more = {name: value.to(device) for name, value in batch.items() if name != "input_ids"} if step is None else {}
     found = []
-    for part in torch.split(ids, step or ids.shape[1], dim=1):  # type: ignore[no-untyped-call]
+    for part in torch.split(ids, step or ids.shape[1], dim=1):
         output = model(input_ids=part, past_key_values=cache, use_cache=True, **more)
         if getattr(output, "past_key_values", None) is not cache or not cache.get_seq_length():
             raise ModelError(f"{type(model).__name__} does not use the KV cache that it is given.")
