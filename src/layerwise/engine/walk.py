@@ -103,9 +103,14 @@ def walk(
 def check(plan: Plan, structure: Structure) -> dict[str, Treatments]:
     """Layer name -> what is done to its weights, for layers that lose something. Raises PlanError with everything that does not fit.
 
-    What a plan says of the KV cache is for whoever runs the model.
+    Bits of the KV cache change no weight: they are checked here and applied by whoever makes the cache.
     """
-    plan.check(structure.layers, blocks=[block.name for block in structure.blocks], fingerprint=structure.fingerprint)
+    plan.check(
+        structure.layers,
+        blocks=[block.name for block in structure.blocks],
+        attentions=structure.attentions,
+        fingerprint=structure.fingerprint,
+    )
     other = [
         f'plan: layer "{name}": {field} cannot be applied by this version; it applies prune and quantize.'
         for name, treatments in plan.layers.items()

@@ -1,6 +1,7 @@
 """Models and tokenizers in and out of folders, in stock formats; what is saved is checked in a fresh process."""
 
 from .cpu import int8_on_cpu
+from .kv_cache import load_cache
 from .load import check_finite, load, load_image_processor, load_into, load_tokenizer
 from .packed_write import linears_of, need_compressed_tensors
 from .places import model_folder
@@ -24,6 +25,7 @@ __all__ = [
     "int8_on_cpu",
     "linears_of",
     "load",
+    "load_cache",
     "load_image_processor",
     "load_into",
     "load_streamed",

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..plan import Plan
 from ..solvers.codes import Codes
+from .kv_cache import cache_words
 from .packed_write import choose, pack_folder
 from .places import loader_of
 from .save import Saved, saved_report, write_records
@@ -44,6 +45,6 @@ def save_whole_streamed(
             packing = pack_folder(partial, packing)
             check_schemes(packing.schemes, packing.linears, target)
         notes = packing.notes if packing else ()
-        saved = Saved(whole, saved_report(partial, before=before, notes=notes), None)
+        saved = Saved(whole, saved_report(partial, before=before, notes=notes), None, cache_words(plan))
         write_records(saved, partial, plan, result, model, loader_of(partial))
     return saved
