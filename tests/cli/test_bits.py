@@ -93,7 +93,7 @@ def test_uniform_bits_are_whole(here, capsys):
         ("plan model --method lwq --levels 2,40".split(), ["2 to 8"]),
         ("plan model --method lwq --levels 3,4 --for vllm".split(), ["vLLM runs 2, 4 and 8"]),
         ("plan model --method lwq --for tgi".split(), ['target="tgi"', "transformers, vllm"]),
-        ("plan model --method lwq --set score=zd".split(), ["group=128", "does not divide", "indivisible=row"]),
+        ("plan model --method lwq --set score=zd --set indivisible=error".split(), ["group=128", "does not divide"]),
         ("plan model --bits 3".split(), ["method uniform takes no --bits 3.0", "methods that take --bits", "lwq"]),
         ("plan model --method erk --for vllm".split(), ["method erk takes no --for vllm", "least-error"]),
         ("plan model --method lwq --sparsity 0.5".split(), ["method lwq takes no --sparsity 0.5"]),

@@ -141,14 +141,26 @@ def test_several_levels(llama):
 def test_groups_that_do_not_divide(llama):
     model, _, _ = llama
     with pytest.raises(
-        ShapeError, match=r"group=32 does not divide the inputs of 6 of 42 layers .*down_proj.*indivisible=row"
+        ShapeError, match=r"group=32 does not divide the inputs of 6 of 42 layers .*down_proj.*indivisible=smaller"
     ):
-        LWQ(group=32, score="zd").plan(model)
+        LWQ(group=32, score="zd", indivisible="error").plan(model)
     plan = LWQ(bits=4.0, group=32, score="zd", indivisible="row").plan(model)
     groups = {name: entry.quantize.group for name, entry in plan.layers.items()}
     assert {groups[name] for name in groups if "down_proj" in name} == {None}
     assert {groups[name] for name in groups if "down_proj" not in name} == {32}
-    assert plan.notes == ("6 layers have one scale for each row: groups of 32 do not divide their inputs.",)
+    assert plan.notes == ("groups of 32 do not divide the inputs of 6 layers: 6 have one scale a row.",)
+
+
+def test_groups_are_halved_where_they_do_not_divide(llama):
+    model, _, structure = llama
+    plan = LWQ(bits=5.5, levels="4,8", group=128, score="zd").plan(model)
+    columns = {layer.name: layer.columns for layer in structure.layers}
+    for name, entry in plan.layers.items():
+        fitting = [size for size in (128, 64, 32) if not columns[name] % size]
+        assert entry.quantize.group == (fitting[0] if fitting else None)
+    (note,) = plan.notes
+    assert "groups of 128 do not divide" in note
+    assert "one scale a row" in note
 
 
 def test_what_lies_outside_the_blocks(llama):

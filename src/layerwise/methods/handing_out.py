@@ -15,9 +15,10 @@ from .base import Method
 
 Unit = Literal["block", "layer"]
 Target = Literal["transformers", "vllm"]
-Indivisible = Literal["error", "row"]
+Indivisible = Literal["smaller", "row", "error"]
 
 VLLM_LEVELS = (2, 4, 8)
+LEAST_GROUP = 32  # smaller ones cost half a bit a weight and more, and no engine runs them
 # vLLM runs these as one matrix, which has one scheme: by role, inside one module
 _FUSED = (("q", "k", "v"), ("gate", "up"))
 
@@ -37,8 +38,8 @@ class BitSettings:
     nominal: bool = False  # the average is of the levels alone
     # vllm: what it fuses (q, k, v; gate, up; all experts of a block) shares a level, of 2, 4 and 8
     target: Target = "transformers"
-    # layers whose inputs the group does not divide: refuse, or one scale for each row
-    indivisible: Indivisible = "error"
+    # layers whose inputs the group does not divide: halve it for them down to 32, else one scale for each row; that at once; refuse
+    indivisible: Indivisible = "smaller"
     pin_ends: bool = False  # the first and the last block of every stack stay at the highest level
 
     @property
@@ -122,9 +123,7 @@ def dealt(method: Method, settings: BitSettings, model: nn.Module, structure: St
     if odd and settings.indivisible == "error":
         raise ShapeError(_indivisible(settings.group, odd, len(layers)))
     if odd:
-        notes.append(
-            f"{len(odd)} layers have one scale for each row: groups of {settings.group} do not divide their inputs."
-        )
+        notes.append(_regrouped(settings, odd))
     costs = {
         layer.name: {
             level: _treatment(settings, layer, level).stored_bits(
@@ -167,8 +166,24 @@ def _fused_with(layer: Layer) -> str:
 
 
 def _treatment(settings: BitSettings, layer: Layer, level: int) -> Quantize:
-    group = settings.group if settings.group and not layer.columns % settings.group else None
-    return Quantize(bits=level, group=group, symmetric=settings.symmetric)
+    return Quantize(bits=level, group=_group(settings, layer.columns), symmetric=settings.symmetric)
+
+
+def _group(settings: BitSettings, columns: int) -> int | None:
+    """Inputs that share a scale in rows of this many; None: all of them."""
+    group = settings.group
+    while settings.indivisible == "smaller" and group >= 2 * LEAST_GROUP and columns % group:
+        group //= 2
+    return group if group and not columns % group else None
+
+
+def _regrouped(settings: BitSettings, odd: Sequence[Layer]) -> str:
+    counts: dict[int | None, int] = {}
+    for layer in odd:
+        group = _group(settings, layer.columns)
+        counts[group] = counts.get(group, 0) + 1
+    shares = [f"{number} have {f'groups of {group}' if group else 'one scale a row'}" for group, number in counts.items()]
+    return f"groups of {settings.group} do not divide the inputs of {len(odd)} layers: {', '.join(shares)}."
 
 
 def _indivisible(group: int, odd: Sequence[Layer], layers: int) -> str:
@@ -176,5 +191,5 @@ def _indivisible(group: int, odd: Sequence[Layer], layers: int) -> str:
     more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
     return (
         f"group={group} does not divide the inputs of {len(odd)} of {layers} layers (outputs x inputs): {shown}{more}."
-        " Give another group (--set group=64; 0: a row), exclude them, or give them one scale for each row: indivisible=row."
+        " Give another group (--set group=64; 0: a row), exclude them, or let it be smaller for them (indivisible=smaller), or one scale for each row (row)."
     )

@@ -27,9 +27,7 @@ class UniformBits:
     group: int = 128  # inputs that share a scale; 0: all of a row
     symmetric: bool = False
     shift: bool = False  # count floating zeros, of 16 bits each, not whole ones
-    indivisible: Indivisible = (
-        "error"  # layers whose inputs the group does not divide: refuse, or one scale for each row
-    )
+    indivisible: Indivisible = "smaller"  # layers whose inputs the group does not divide: smaller, row, or error
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
