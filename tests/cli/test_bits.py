@@ -9,7 +9,9 @@ from layerwise.cli import main
 from layerwise.plan import Plan
 from rounding import Rounding
 
-LWQ = "plan model --method lwq --levels 2,4 --set group=16".split()  # the tiny model: 32 inputs, 48 of down
+LWQ = (
+    "plan model --method lwq --levels 2,4 --set group=16 --set symmetric=false".split()
+)  # the tiny model: 32 inputs, 48 of down
 
 
 @pytest.fixture

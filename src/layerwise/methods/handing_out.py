@@ -32,7 +32,8 @@ class BitSettings:
     levels: str = "2,4"  # bits that a weight can get
     granularity: Unit = "block"  # what shares one level
     group: int = 128  # inputs that share a scale; 0: all of a row
-    symmetric: bool = False
+    # transformers cannot read packed weights that have zeros of their own (compressed-tensors 0.18 to 0.20)
+    symmetric: bool = True
     # count floating zeros (HQQ, shift grids: 16 bits each), not whole ones (as many bits as a weight)
     shift: bool = False
     nominal: bool = False  # the average is of the levels alone
@@ -182,7 +183,9 @@ def _regrouped(settings: BitSettings, odd: Sequence[Layer]) -> str:
     for layer in odd:
         group = _group(settings, layer.columns)
         counts[group] = counts.get(group, 0) + 1
-    shares = [f"{number} have {f'groups of {group}' if group else 'one scale a row'}" for group, number in counts.items()]
+    shares = [
+        f"{number} have {f'groups of {group}' if group else 'one scale a row'}" for group, number in counts.items()
+    ]
     return f"groups of {settings.group} do not divide the inputs of {len(odd)} layers: {', '.join(shares)}."
 
 
@@ -191,5 +194,6 @@ def _indivisible(group: int, odd: Sequence[Layer], layers: int) -> str:
     more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
     return (
         f"group={group} does not divide the inputs of {len(odd)} of {layers} layers (outputs x inputs): {shown}{more}."
-        " Give another group (--set group=64; 0: a row), exclude them, or let it be smaller for them (indivisible=smaller), or one scale for each row (row)."
+        " Give another group (--set group=64; 0: a row), exclude them, or let it be smaller for them (indivisible=smaller)"
+        " or one scale for each row (indivisible=row)."
     )

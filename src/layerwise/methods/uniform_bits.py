@@ -25,7 +25,7 @@ class UniformBits:
 
     bits: int = 4
     group: int = 128  # inputs that share a scale; 0: all of a row
-    symmetric: bool = False
+    symmetric: bool = True  # transformers cannot read packed weights with zeros of their own
     shift: bool = False  # count floating zeros, of 16 bits each, not whole ones
     indivisible: Indivisible = "smaller"  # layers whose inputs the group does not divide: smaller, row, or error
 
