@@ -33,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser, models="smollm2,demo")
     parser.add_argument("--prompts", default="16,256", help="tokens of a prefill: a short and a long one")
+    parser.add_argument("--sizes", default="2048", help="square linears timed alone")
     parser.add_argument("--new", type=int, default=32, help="tokens decoded, one by one")
     parser.add_argument("--tokens", type=int, default=4096, help="held-out tokens scored, windows of 256")
     parser.add_argument("--threads", type=int, default=1)
@@ -52,7 +53,13 @@ def main() -> None:
             key = {"model": subject.name, "way": name, **protocol(options)}
             if key not in lines:
                 lines.add(key, {**key, **measured(make(copy.deepcopy(dense)), subject, options)})
-    write(options, lines.of(**protocol(options)), before)
+    for size in map(int, options.sizes.split(",")):
+        for batch in (1, 16, 128):
+            key = {"linear": size, "batch": batch, "threads": options.threads, "seconds": options.seconds}
+            if key not in lines:
+                lines.add(key, {**key, **one_linear(size, batch, options)})
+    linears = lines.of(threads=options.threads, seconds=options.seconds)
+    write(options, lines.of(**protocol(options)), [row for row in linears if "linear" in row], before)
 
 
 def protocol(options: argparse.Namespace) -> dict[str, Any]:
@@ -104,6 +111,21 @@ def measured(model: nn.Module, subject: Subject, options: argparse.Namespace) ->
     return row | {"perplexity": perplexity(model, subject.evaluation(options.tokens, 256))}
 
 
+def one_linear(size: int, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of one linear of size x size on (batch, size); relative error of the int8 one."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(size, size, bias=False), torch.randn(batch, size)
+    quick = lw.int8_on_cpu(nn.Sequential(copy.deepcopy(linear)))
+    brain, x16 = copy.deepcopy(linear).bfloat16(), x.bfloat16()
+    exact = linear(x)
+    return {
+        "float32": timed(lambda: linear(x), options),
+        "bfloat16": timed(lambda: brain(x16), options),
+        "int8": timed(lambda: quick(x), options),
+        "error": float((quick(x) - exact).norm() / exact.norm()),
+    }
+
+
 def timed(run: Callable[[], object], options: argparse.Namespace) -> list[float]:
     """Milliseconds of one call: median and interquartile range, after a warm-up. torchao's tensors allow little else.
 
@@ -114,8 +136,8 @@ def timed(run: Callable[[], object], options: argparse.Namespace) -> list[float]
     return [1000 * found.median, 1000 * found.iqr]
 
 
-def write(options: argparse.Namespace, rows: list[dict[str, Any]], before: str) -> None:
-    """The table, times beside those of float32; and all that was measured as JSON."""
+def write(options: argparse.Namespace, rows: list[dict[str, Any]], linears: list[dict[str, Any]], before: str) -> None:
+    """The tables, times beside those of float32; and all that was measured as JSON."""
     columns = [*(f"prefill {prompt}" for prompt in options.prompts.split(",")), "decode"]
     text = [
         "# int8 on a CPU",
@@ -133,8 +155,18 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]], before: str) 
         base = plain[row["model"]]
         cells = [f"{row[one][0]:.1f} ({row[one][1]:.1f}) | {base[one][0] / row[one][0]:.2f}" for one in columns]
         text.append(f"| {row['model']} | {row['way']} | {' | '.join(cells)} | {row['perplexity']:.3f} |")
+    text += [
+        "",
+        "One linear alone, without a bias: milliseconds, and the relative error of int8.",
+        "",
+        "| size | batch | float32 | bfloat16 | int8 | error |",
+        "|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in linears:
+        cells = " | ".join(f"{row[way][0]:.3f}" for way in ("float32", "bfloat16", "int8"))
+        text.append(f"| {row['linear']} | {row['batch']} | {cells} | {row['error']:.2%} |")
     options.out.write_text("\n".join(text) + "\n", encoding="utf-8")
-    facts = {"machine": before, "runs": rows}
+    facts = {"machine": before, "runs": rows, "linears": linears}
     options.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print("\n".join(text))
 

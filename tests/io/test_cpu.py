@@ -24,6 +24,17 @@ def test_near_the_linear_that_it_replaces(dtype, bias):
     assert 0 < error < 0.03
 
 
+def test_each_token_has_its_own_range():
+    """One token a thousand times as large as the others leaves them as exact as they are alone."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(64, 32, bias=False), torch.randn(4, 64)
+    quick = Int8Linear(linear)
+    alone = quick(x[1:])
+    together = quick(torch.cat([1000 * x[:1], x[1:]]))[1:]
+    torch.testing.assert_close(together, alone, rtol=0.05, atol=0.02)
+    assert (together - linear(x[1:])).norm() / linear(x[1:]).norm() < 0.03
+
+
 def test_a_row_of_zeros_stays_zero():
     linear = nn.Linear(8, 4, bias=False)
     linear.weight.data[1] = 0
@@ -31,10 +42,11 @@ def test_a_row_of_zeros_stays_zero():
 
 
 def test_a_weight_on_the_grid_is_kept():
-    """127 steps either side: rows that hold whole numbers and 127 are exact; so are inputs of 0 and 1."""
+    """127 steps either side: rows that hold whole numbers and 127 are exact; so are inputs of 0 and 1, and tokens of zeros."""
     linear = nn.Linear(4, 1, bias=False)
     linear.weight.data = torch.tensor([[127.0, -3.0, 5.0, 0.0]])
     assert Int8Linear(linear)(torch.tensor([[0.0, 1.0, 1.0, 1.0]])).item() == pytest.approx(2, abs=1e-5)
+    assert Int8Linear(linear)(torch.zeros(1, 4)).item() == 0
 
 
 def test_a_language_model_without_its_head():

@@ -1,13 +1,14 @@
 """Run the linears of a model in whole numbers on a CPU, by an operator that PyTorch has itself: no compiler, no other library.
 
-Weights are int8 with one scale per row, inputs are rounded to 7 bits by the range of each call, products are summed exactly and scaled back
-(`torch.ops.quantized.linear_dynamic`, in PyTorch itself). For speed alone: how few bits a plan gave a layer does not matter here, and
-nothing of it is saved.
+Weights are int8 with one scale per row, inputs 8 bits with one scale per token (one for all tokens of a call ruins language models, whose
+first token is far larger than the rest), products are summed exactly and scaled back (`torch.ops.quantized.linear_dynamic`). For speed
+alone: how few bits a plan gave a layer does not matter here, and nothing of it is saved.
 """
 
 import warnings
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +28,32 @@ class Int8Linear(nn.Module):
         with warnings.catch_warnings():  # that PyTorch means to replace these functions: int8_on_cpu says when it has
             warnings.simplefilter("ignore", UserWarning)
             rounded = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
-        bias = None if linear.bias is None else linear.bias.detach().float()
-        self.packed = torch.ops.quantized.linear_prepack(rounded, bias)
+        self.bias = None if linear.bias is None else linear.bias.detach().float()
+        self.packed = torch.ops.quantized.linear_prepack(rounded, None)
+        self.reduce_range = overflows()
 
     def forward(self, x: Tensor) -> Tensor:
-        # reduce_range: without it, sums of pairs overflow on CPUs that have no VNNI
-        result: Tensor = torch.ops.quantized.linear_dynamic(x.float(), self.packed, reduce_range=True)
-        return result.to(self.dtype)
+        x = x.float()
+        largest = x.abs().amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+        # every token in [-1, 1]: the operator's one range for all is then the range of each
+        result: Tensor = torch.ops.quantized.linear_dynamic(x / largest, self.packed, self.reduce_range)
+        result = result.mul_(largest)
+        return (result if self.bias is None else result.add_(self.bias)).to(self.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, int8"
+
+
+@cache
+def overflows() -> bool:
+    """Whether sums of pairs of products overflow here, as without VNNI: inputs then get 7 bits instead of 8. Tried out, not looked up."""
+    ones = torch.ones(64, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        weight = torch.quantize_per_channel(127 * ones, torch.ones(64).double(), torch.zeros(64).long(), 0, torch.qint8)
+    packed = torch.ops.quantized.linear_prepack(weight, None)
+    found: Tensor = torch.ops.quantized.linear_dynamic(ones, packed, False)
+    return bool((found - 64 * 127).abs().max() > 64)
 
 
 def int8_on_cpu(model: nn.Module, *, exclude: Iterable[str] = ("lm_head",)) -> nn.Module:
