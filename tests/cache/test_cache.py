@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from layerwise.cache import QuantizedKVCache, cache_bytes, quantize
 from layerwise.cache.layer import QuantizedKVLayer
@@ -283,11 +283,28 @@ def test_sliding_windows_stay_full():
     for kind, layer in zip(kinds, cache.layers, strict=True):
         assert isinstance(layer, QuantizedKVLayer) == (kind == "full_attention")
     assert len(cache.notes) == 1
-    assert "stay in full precision (sliding window)" in cache.notes[0]
+    assert ": full precision, not fewer bits (sliding window)" in cache.notes[0]
     generate(model, ids(2, 9), cache, new=4)
     exact = QuantizedKVCache.uniform(16, 16, model.config)
     assert exact.notes == ()
     assert torch.equal(generate(model, ids(2, 9), exact, new=12), generate(model, ids(2, 9), full(model), new=12))
+
+
+def test_layers_with_a_state_stay_as_they_are():
+    kinds = ["full_attention", "conv", "full_attention", "conv"]
+    config = AutoConfig.for_model(
+        "lfm2", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=kinds,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    cache = QuantizedKVCache.uniform(4, 2, config)
+    assert [isinstance(layer, QuantizedKVLayer) for layer in cache.layers] == [True, False, True, False]
+    generate(model, ids(2, 9), cache, new=4)
+    assert cache.nbytes == cache_bytes([(4, 2)] * 2, cache.scheme, 12, 2, 8, batch=2, exact=4)
+    exact = QuantizedKVCache.uniform(16, 16, config)
+    assert torch.equal(generate(model, ids(2, 9), exact), generate(model, ids(2, 9), full(model)))
 
 
 def test_what_is_no_number_is_named():

@@ -44,8 +44,8 @@ def test_state_layers_of_a_hybrid_stay_as_they_are():
     config = AutoConfig.for_model("jamba")
     cache = QuantizedKVCache.uniform(8, 4, config)
     (note,) = cache.notes
-    assert note == "layers 0, 1, 2, 3, 5, 6, … (28 in all) stay in full precision (state of fixed size)."
-    with pytest.raises(PlanError, match=r"cache bits to layers that cannot have them: layers 0 stay in full"):
+    assert note == "layers 0, 1, 2, 3, 5, 6, … (28 in all): full precision, not fewer bits (state of fixed size)."
+    with pytest.raises(PlanError, match=r"cache bits to layers that cannot have them: layer 0: full precision"):
         QuantizedKVCache.from_plan(plan((8, 4), names=["model.layers.0.mamba"]), config)
     assert QuantizedKVCache.from_plan(plan((8, 4), names=["model.layers.4.self_attn"]), config).notes == ()
 

@@ -5,7 +5,9 @@ import json
 import pytest
 
 import layerwise as lw
-from layerwise.cli import main
+from layerwise.cli import kv_cache, main
+from layerwise.cli.inputs import ModelChoice
+from layerwise.cli.screen import Screen
 from layerwise.plan import CacheBits, Plan
 
 TEXT = ("--data", "text.txt", "--tokens", "256", "--dtype", "float32")
@@ -85,3 +87,12 @@ def test_bad_requests_are_one_line(here, capsys, args, line):
     assert out == ""
     assert line in err
     assert len(err.splitlines()) == 1
+
+
+def test_tasks_say_that_they_run_with_the_plain_cache(here, capsys):
+    lw.save(lw.load("model"), "out", plan=plan((8, 8)), verify=False)
+    capsys.readouterr()
+    kv_cache.say_unused(ModelChoice("out"), Screen())
+    assert capsys.readouterr().err.startswith("note: tasks run with the plain KV cache")
+    kv_cache.say_unused(ModelChoice("model"), Screen())
+    assert capsys.readouterr().err == ""

@@ -67,7 +67,7 @@ def test_what_stays_full_is_in_the_figures():
     model = MODELS["gemma3"]().eval()
     ids = torch.arange(3, 15)[None]
     found = evaluate(model, Batches(({"input_ids": ids},), {}), against=model, cache=cache_of(model, 4, 4))
-    assert found.cache.notes[0].endswith("stay in full precision (sliding window).")
+    assert found.cache.notes[0].endswith(": full precision, not fewer bits (sliding window).")
     assert found.cache.bits < 16
 
 

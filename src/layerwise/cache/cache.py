@@ -96,7 +96,7 @@ class QuantizedKVCache(Cache):  # type: ignore[misc]
             raise ModelError(
                 f"the model has a layer {layer_idx}, the cache is for {len(self.layers)} layers. Give a pair for each."
             )
-        if layer_idx == 0 and self.layers[0].is_initialized and not self.is_initialized:
+        if self.config is None and layer_idx == 0 and self.layers[0].is_initialized and not self.is_initialized:
             filled = sum(layer.is_initialized for layer in self.layers)
             raise ModelError(
                 f"the model has filled {filled} of the cache's {len(self.layers)} layers. Give a pair for each, or its config."

@@ -78,7 +78,10 @@ def left_full(pairs: Sequence[Pair], layers: Sequence[Any]) -> tuple[str, ...]:
     for index, (pair, layer) in enumerate(zip(pairs, layers, strict=True)):
         if pair != FULL and not quantizable(layer):
             found.setdefault(_kind(layer), []).append(index)
-    return tuple(f"layers {few(indices)} stay in full precision ({kind})." for kind, indices in found.items())
+    return tuple(
+        f"{'layer' if len(at) == 1 else 'layers'} {few(at)}: full precision, not fewer bits ({kind})."
+        for kind, at in found.items()
+    )
 
 
 def few(indices: Sequence[int]) -> str:
