@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from . import methods as methods
     from . import recover as recover
     from . import solvers as solvers
+    from .cache import QuantizedKVCache as QuantizedKVCache
     from .engine import Result as Result
     from .engine import Settings as Settings
     from .engine import compress as compress
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .evaluate import Evaluation as Evaluation
     from .evaluate import evaluate as evaluate
     from .io import load as load
+    from .io import load_cache as load_cache
     from .io import load_tokenizer as load_tokenizer
     from .io import save as save
     from .plan import Plan as Plan
@@ -32,6 +34,7 @@ _HOME = {
     "Batches": "tasks",
     "Evaluation": "evaluate",
     "Plan": "plan",
+    "QuantizedKVCache": "cache",
     "Result": "engine",
     "Settings": "engine",
     "Structure": "structure",
@@ -39,6 +42,7 @@ _HOME = {
     "evaluate": "evaluate",
     "held_out": "tasks",
     "load": "io",
+    "load_cache": "io",
     "load_tokenizer": "io",
     "save": "io",
     "structure_of": "structure",

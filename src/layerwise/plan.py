@@ -127,12 +127,19 @@ class Plan(Record):
         achieved = self.achieved_sparsity(layers)
         return self.model_copy(update={"budget": self.budget.model_copy(update={"achieved": achieved})})
 
-    def check(self, layers: Iterable[Sized], *, blocks: Iterable[str] = (), fingerprint: str | None = None) -> None:
-        """Raise PlanError listing every way in which this plan does not fit these layers and blocks.
+    def check(
+        self,
+        layers: Iterable[Sized],
+        *,
+        blocks: Iterable[str] = (),
+        attentions: Iterable[str] = (),
+        fingerprint: str | None = None,
+    ) -> None:
+        """Raise PlanError listing every way in which this plan does not fit these layers, blocks and attentions.
 
         Of the budget, `sparsity` is checked: each layer may be off by its rounding (one weight, row, column or block).
         """
-        known, blocks = {layer.name: layer for layer in layers}, set(blocks)
+        known, blocks, attentions = {layer.name: layer for layer in layers}, set(blocks), tuple(attentions)
         if self.model and fingerprint and self.model.fingerprint != fingerprint:  # everything else would follow from it
             absent = sum(name not in known and name not in blocks for name in self.layers)
             raise PlanError(
@@ -142,7 +149,7 @@ class Plan(Record):
             )
         problems = []
         for number, (name, treatments) in enumerate(self.layers.items(), start=1):
-            problems += entry_problems(number, name, treatments, self.layers, known, blocks)
+            problems += entry_problems(number, name, treatments, self.layers, known, blocks, attentions)
         if not problems:
             problems += self._budget_problems(list(known.values()))
         if problems:

@@ -1,6 +1,6 @@
 """What can be wrong with one entry of a plan, given the layers and blocks of a model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from .settings import nearest
@@ -27,10 +27,16 @@ def entry_problems(
     entries: Mapping[str, Treatments],
     known: Mapping[str, Sized],
     blocks: set[str],
+    attentions: Sequence[str] = (),
 ) -> list[str]:
-    """What is wrong with one entry of the plan, given the model's layers and blocks."""
-    where, names = f'plan: entry {number}, "{name}"', [*known, *blocks]
-    if name not in known and name not in blocks and not any(other.startswith(f"{name}.") for other in names):
+    """What is wrong with one entry of the plan, given the model's layers, blocks and attentions (empty: not known)."""
+    where, names = f'plan: entry {number}, "{name}"', [*known, *blocks, *attentions]
+    if (
+        name not in known
+        and name not in blocks
+        and name not in attentions
+        and not any(other.startswith(f"{name}.") for other in names)
+    ):
         return [f"{where}: the model has no layer or block of this name.{nearest(name, names, cutoff=0.6)}"]
     if name not in known:
         weights = [field for field in ("prune", "quantize", "factorize") if getattr(entry, field)]
@@ -39,6 +45,9 @@ def entry_problems(
         problems = [f"{where}: {problem}" for problem in entry.problems(known[name].rows, known[name].columns)]
     if entry.drop and blocks and name not in blocks:
         problems.append(f"{where}: drop removes a whole block, and this is none. Name a block such as {min(blocks)}.")
+    if entry.cache and (name in known or (attentions and name not in attentions)):
+        such = f" such as {attentions[0]}" if attentions else ""
+        problems.append(f"{where}: cache is of an attention, and this is none. Name one{such}.")
     for outer in (name[:i] for i, letter in enumerate(name) if letter == "."):
         if outer in entries and entries[outer].drop:
             problems.append(f'{where}: the plan drops "{outer}", which holds it. Remove one of the two entries.')

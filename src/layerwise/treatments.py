@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -27,6 +28,7 @@ Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Count = Annotated[int, BeforeValidator(_number)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Bits = Annotated[Count, Field(ge=1, le=16, description="give whole bits, 1 to 16")]
+CacheMode = Literal["per-token", "kivi"]
 
 _PATTERN = re.compile(r"unstructured|row|column|(?P<n>\d+):(?P<m>\d+)|block\((?P<rows>\d+)[x×](?P<columns>\d+)\)")
 _PATTERNS = 'write unstructured, row, column, n:m with 0 < n <= m such as "2:4", or a block such as "block(16x16)"'
@@ -134,11 +136,27 @@ class Resize(Record):
         return _one_or_more(self)
 
 
-class CacheBits(Record):
-    """Bits of the KV cache of one attention."""
+def _cached(bits: int) -> int:
+    if bits not in (2, 4, 8, 16):
+        raise ValueError("not 2, 4, 8 or 16")
+    return bits
 
-    key_bits: Bits
-    value_bits: Bits
+
+CachedBits = Annotated[Count, AfterValidator(_cached), Field(description="give 2, 4, 8, or 16 for full precision")]
+
+
+class CacheBits(Record):
+    """Bits of the keys and values that one attention caches, 16 being full precision, and how they are grouped (`cache.Scheme`)."""
+
+    key_bits: CachedBits
+    value_bits: CachedBits
+    mode: CacheMode = Field(default="per-token", description="give per-token or kivi")
+    group: Annotated[Count, Field(ge=1)] | None = Field(
+        default=None, description="give the numbers that share a scale, at least 1, or leave it out for the mode's own"
+    )
+    residual: Annotated[Count, Field(ge=0)] | None = Field(
+        default=None, description="give the tokens that stay in full precision, or leave it out for the mode's own"
+    )
 
 
 class KeepTokens(Record):

@@ -53,7 +53,12 @@ def make_plan(
         _show_search(search, screen)
     show_notes(plan.notes, screen)
     plan = with_facts(plan, choice, structure, solver)
-    plan.check(structure.layers, blocks=[block.name for block in structure.blocks], fingerprint=structure.fingerprint)
+    plan.check(
+        structure.layers,
+        blocks=[block.name for block in structure.blocks],
+        attentions=structure.attentions,
+        fingerprint=structure.fingerprint,
+    )
     return plan, search
 
 

@@ -101,12 +101,20 @@ def walk(
 
 
 def check(plan: Plan, structure: Structure) -> dict[str, Prune]:
-    """Layer name -> what to prune, for layers that lose something. Raises PlanError with everything that does not fit."""
-    plan.check(structure.layers, blocks=[block.name for block in structure.blocks], fingerprint=structure.fingerprint)
+    """Layer name -> what to prune, for layers that lose something. Raises PlanError with everything that does not fit.
+
+    Bits of the KV cache change no weight: they are checked here and applied by whoever makes the cache.
+    """
+    plan.check(
+        structure.layers,
+        blocks=[block.name for block in structure.blocks],
+        attentions=structure.attentions,
+        fingerprint=structure.fingerprint,
+    )
     other = [
         f'plan: layer "{name}": {field} cannot be applied by this version; it applies prune.'
         for name, treatments in plan.layers.items()
-        for field in sorted(treatments.model_fields_set - {"prune"})
+        for field in sorted(treatments.model_fields_set - {"prune", "cache"})
         if getattr(treatments, field) is not None
     ]
     if other:

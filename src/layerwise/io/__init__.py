@@ -1,5 +1,6 @@
 """Models and tokenizers in and out of folders, in stock formats; what is saved is checked in a fresh process."""
 
+from .kv_cache import load_cache
 from .load import check_finite, load, load_image_processor, load_into, load_tokenizer
 from .places import model_folder
 from .save import Saved, SavedReport, needed_bytes, save, saved_report
@@ -17,6 +18,7 @@ __all__ = [
     "check_output",
     "count_zeros",
     "load",
+    "load_cache",
     "load_image_processor",
     "load_into",
     "load_streamed",

@@ -17,6 +17,7 @@ from ..errors import LayerwiseError, ModelError, SaveError
 from ..plan import Plan
 from . import verify as checks
 from .card import card, record
+from .kv_cache import PLAN, cache_words
 from .load import quiet
 from .places import Loader, loader_of
 from .verify import Verified
@@ -52,16 +53,17 @@ class SavedReport:
 
 @dataclass(frozen=True)
 class Saved:
-    """A folder that was written. `verified` is None if the check was left out."""
+    """A folder that was written. `verified` is None if the check was left out, `cache` if the plan has no bits for the KV cache."""
 
     folder: Path
     report: SavedReport
     verified: Verified | None
+    cache: str | None = None
 
     def lines(self) -> list[str]:
         """The report, and how it was checked."""
         checked = self.verified.words() if self.verified else "Not loaded back: the check was left out."
-        return [*self.report.lines(), checked]
+        return [*self.report.lines(), *([self.cache] if self.cache else []), checked]
 
 
 def save(
@@ -90,7 +92,7 @@ def save(
             tokenizer.save_pretrained(partial)
         report = saved_report(partial, before=before)
         verified = _verified(model, partial, target, loader, inputs) if verify else None
-        saved = Saved(target, report, verified)
+        saved = Saved(target, report, verified, cache_words(plan))
         write_records(saved, partial, plan, result, model, loader)
     return saved
 
@@ -178,8 +180,10 @@ def write_records(
         "saved": asdict(saved.report),
         "verified": asdict(saved.verified) if saved.verified else None,
     }
+    if saved.cache:
+        facts["cache"] = {"file": PLAN, "loader": "layerwise.io.load_cache"}
     if plan is not None:
-        plan.save(partial / "plan.yaml")
+        plan.save(partial / PLAN)
     text = json.dumps(record(plan, result, facts), indent=1, default=str)
     (partial / "layerwise.json").write_text(text + "\n", encoding="utf-8")
     page = card(saved.folder.name, plan, result, saved.lines(), loader.library if loader else None)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..plan import Plan
+from .kv_cache import cache_words
 from .places import loader_of
 from .save import Saved, saved_report, write_records
 from .stream import save_streamed
@@ -32,6 +33,6 @@ def save_whole_streamed(
     target = check_output(folder, force=force, needed=before + (32 << 20))
     with whole_folder(target, force=force) as partial:
         save_streamed(model, partial)
-        saved = Saved(target, saved_report(partial, before=before), None)
+        saved = Saved(target, saved_report(partial, before=before), None, cache_words(plan))
         write_records(saved, partial, plan, result, model, loader_of(partial))
     return saved

@@ -86,6 +86,14 @@ class Structure:
         """Every layer up for compression, in the order of the model."""
         return (*(layer for block in self.blocks for layer in block.layers), *self.outside)
 
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """Modules in blocks that make keys of their own input, in the order of the model: those that may have a KV cache."""
+        inside = [layer for block in self.blocks for layer in block.layers] + [layer for layer, _ in self.left_out]
+        order = {block.name: index for index, block in enumerate(self.blocks)}
+        inside.sort(key=lambda layer: order.get(layer.block or "", len(order)))
+        return tuple(dict.fromkeys(layer.name.rpartition(".")[0] for layer in inside if layer.role in ("k", "qkv")))
+
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
 

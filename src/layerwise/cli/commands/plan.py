@@ -80,7 +80,12 @@ def plan(
         structure = choice.structure(choice.load(screen))
         if rebalance:
             made = made.rebalance(structure.layers, keep or ())
-        made.check(structure.layers, blocks=[b.name for b in structure.blocks], fingerprint=structure.fingerprint)
+        made.check(
+            structure.layers,
+            blocks=[block.name for block in structure.blocks],
+            attentions=structure.attentions,
+            fingerprint=structure.fingerprint,
+        )
         made = made.with_achieved(structure.layers)
     else:
         built = chosen.build(seed=seed)

@@ -1,0 +1,154 @@
+"""The keys, or the values, of one layer: codes that only ever grow, and the recent tokens as they are."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..errors import StatisticsError
+from .quantizers import STORED, pack, quantize, unpack
+from .scheme import Grouping
+
+TOKENS = 2  # the axis of tokens, in codes, scales, offsets and recent tokens alike
+
+
+class Side:
+    """(batch, heads, tokens, channels), in two parts. All tensors own their memory: none is a view of a longer one.
+
+    packed (batch, heads, coded tokens, bytes), scale and offset (as of `Quantized`, 16 bits): None until something is quantised.
+    recent (batch, heads, other tokens, channels): in the model's dtype; the only part when bits is 16. name: for messages.
+    """
+
+    def __init__(self, bits: int, grouping: Grouping, like: Tensor, name: str) -> None:
+        self.bits, self.grouping, self.name = bits, grouping, name
+        self.packed: Tensor | None = None
+        self.scale: Tensor | None = None
+        self.offset: Tensor | None = None
+        self.recent = like.new_empty((*like.shape[:TOKENS], 0, like.shape[-1]))
+
+    @property
+    def coded(self) -> int:
+        """Tokens that are held as codes."""
+        return 0 if self.packed is None else self.packed.shape[TOKENS]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all."""
+        return self.coded + self.recent.shape[TOKENS]
+
+    @property
+    def elements(self) -> int:
+        """Numbers in all tokens."""
+        batch, heads, _, channels = self.recent.shape
+        return batch * heads * self.tokens * channels
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that takes memory."""
+        return [part for part in (self.packed, self.scale, self.offset, self.recent) if part is not None]
+
+    def add(self, new: Tensor, *, first: bool, hold: bool) -> Tensor:
+        """Take `new` tokens in; returns all (batch, heads, tokens, channels) to attend to, in the dtype of `new`.
+
+        first: quantise before that, so that the new tokens are attended to as they are stored. hold: leave the new tokens as they are
+        until the next call, so that `crop` can take them back without a trace.
+        """
+        if hold:
+            self.settle()
+        waiting = new if not self.recent.shape[TOKENS] else torch.cat([self.recent, new], dim=TOKENS)
+        if first:
+            self._take(waiting, mine=waiting is not new)
+            return self._joined(self.recent)
+        every = self._joined(waiting)
+        if hold:
+            self.recent = _owned(waiting) if waiting is new else waiting
+        else:
+            self._take(waiting, mine=waiting is not new)
+        return every
+
+    def settle(self) -> None:
+        """Quantise what is due of the recent tokens."""
+        self._take(self.recent)
+
+    def crop(self, tokens: int) -> None:
+        """Remove the last `tokens`. Where that cuts a group of tokens, the rest of it goes back to the recent ones, as it was read."""
+        left = self.tokens - tokens
+        if left >= self.coded:
+            self.recent = _owned(self.recent.narrow(TOKENS, 0, left - self.coded))
+            return
+        coded, whole = self.coded, left // self.grouping.unit * self.grouping.unit
+        rest = self.recent if left == whole else self._read(self.recent.dtype)
+        self.recent = _owned(rest.narrow(TOKENS, min(whole, rest.shape[TOKENS]), left - whole))
+        self._map(lambda part: _owned(part.narrow(TOKENS, 0, part.shape[TOKENS] * whole // coded)))
+
+    def select(self, rows: Tensor) -> None:
+        """Sequences `rows` of the batch, in that order; one may come several times."""
+        rows = rows.to(self.recent.device)
+        self.recent = self.recent[rows]
+        self._map(lambda part: part[rows])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change codes, scales and offsets alike, if there are any."""
+        if self.packed is not None and self.scale is not None and self.offset is not None:
+            packed, scale, offset = change(self.packed), change(self.scale), change(self.offset)
+            self.packed, self.scale, self.offset = (packed, scale, offset) if packed.shape[TOKENS] else (None,) * 3
+
+    def _take(self, waiting: Tensor, *, mine: bool = True) -> None:
+        """Of the tokens that wait quantise what is due; the others are the recent ones. mine: nobody else holds this tensor."""
+        total = self.coded + waiting.shape[TOKENS]
+        due = 0 if self.bits == 16 else self.grouping.quantized(total) - self.coded
+        if due <= 0:
+            self.recent = waiting if mine else _owned(waiting)
+            return
+        self._append(waiting.narrow(TOKENS, 0, due))
+        self.recent = _owned(waiting.narrow(TOKENS, due, waiting.shape[TOKENS] - due))
+
+    def _append(self, states: Tensor) -> None:
+        states = states.detach()  # the past carries no gradient
+        found = quantize(states, self.bits, axis=self.grouping.axis, group=self.grouping.group)
+        asked = states.device.type == "cpu" or states.shape[TOKENS] > 1  # else every step waits for the accelerator
+        if asked and not (found.scale.isfinite().all() and found.offset.isfinite().all()):
+            raise StatisticsError(
+                f"{self.name}: a number is not finite, or larger than 16 bits hold ({torch.finfo(STORED).max:.0f})."
+                " Check the weights for NaN, or leave this layer at 16 bits."
+            )
+        parts = (pack(found.codes, self.bits), found.scale.to(STORED), found.offset.to(STORED))
+        if self.packed is None or self.scale is None or self.offset is None:
+            self.packed, self.scale, self.offset = parts
+        else:
+            held = (self.packed, self.scale, self.offset)
+            self.packed, self.scale, self.offset = (
+                torch.cat([old, new], dim=TOKENS) for old, new in zip(held, parts, strict=True)
+            )
+
+    def _joined(self, rest: Tensor) -> Tensor:
+        """The coded tokens and then the rest, in the dtype of `rest`."""
+        coded = self.coded
+        if not coded:
+            return rest
+        every = rest.new_empty((*rest.shape[:TOKENS], coded + rest.shape[TOKENS], rest.shape[-1]))
+        every.narrow(TOKENS, coded, rest.shape[TOKENS]).copy_(rest)
+        if every.dtype == torch.float32:
+            self._read_into(every.narrow(TOKENS, 0, coded))
+        else:  # product and sum in float32, one rounding
+            every.narrow(TOKENS, 0, coded).copy_(self._read(torch.float32))
+        return every
+
+    def _read(self, dtype: torch.dtype) -> Tensor:
+        """The coded tokens, (batch, heads, coded tokens, channels)."""
+        out = self.recent.new_empty(
+            (*self.recent.shape[:TOKENS], self.coded, self.recent.shape[-1]), dtype=torch.float32
+        )
+        self._read_into(out)
+        return out.to(dtype)
+
+    def _read_into(self, out: Tensor) -> None:
+        """Three passes over contiguous numbers: on a CPU twice as fast as one expression of three broadcast tensors."""
+        assert self.packed is not None and self.scale is not None and self.offset is not None  # noqa: S101, PT018
+        out.copy_(unpack(self.packed, self.bits))
+        grouped: Tensor = out.unflatten(self.grouping.axis, (-1, self.grouping.group))  # type: ignore[no-untyped-call]
+        grouped.mul_(self.scale.float()).add_(self.offset.float())
+
+
+def _owned(part: Tensor) -> Tensor:
+    """A copy with memory of its own size."""
+    return part.clone(memory_format=torch.contiguous_format)
