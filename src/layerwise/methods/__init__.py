@@ -10,6 +10,7 @@ from .ecoflap import ECoFLaP
 from .erdos_renyi import ER, ERK, ERKPlus
 from .farms import FARMS
 from .grasp import GraSP, GraSPRatio
+from .kvtuner import KVTuner
 from .owl import OWL
 from .random_ratios import RandomRatios
 from .search import Search
@@ -31,6 +32,7 @@ __all__ = [
     "ERKPlus",
     "GraSP",
     "GraSPRatio",
+    "KVTuner",
     "Method",
     "RandomRatios",
     "SNIPRatio",
@@ -58,6 +60,7 @@ METHODS: dict[str, type[Method]] = {
     "synflow": SynFlow,
     "random": RandomRatios,
     "auto": Auto,
+    "kvtuner": KVTuner,
 }
 
 

@@ -28,9 +28,10 @@ def candidates(auto: "Auto") -> dict[str, Method]:
     """Name -> method set up for this search: uniform and random first, then those that look at no data, the slow ones last."""
     from . import METHODS  # which has Auto in it
 
-    others = [name for name in METHODS if name not in ("uniform", "random", auto.name)]
+    shares = [name for name, kind in METHODS.items() if _takes_sparsity(kind) and name != auto.name]
+    others = [name for name in shares if name not in ("uniform", "random")]
     asked = [name.strip() for name in auto.only.split(",") if name.strip()]
-    if unknown := [name for name in asked if name not in METHODS or name == auto.name]:
+    if unknown := [name for name in asked if name not in shares]:
         raise ConfigError(
             f'Auto.only="{auto.only}": "{unknown[0]}" is no method to try.{nearest(unknown[0], others)} Methods: {", ".join(others)}.'
         )
@@ -40,6 +41,10 @@ def candidates(auto: "Auto") -> dict[str, Method]:
     for name in ["uniform", "random", *(name for name in chosen if name not in ("uniform", "random"))]:
         made |= _variants(auto, name, METHODS[name])
     return made
+
+
+def _takes_sparsity(kind: type[Method]) -> bool:
+    return any(one.name == "sparsity" for one in fields(kind))  # type: ignore[arg-type]
 
 
 def _variants(auto: "Auto", name: str, kind: type[Method]) -> dict[str, Method]:
