@@ -3,6 +3,8 @@
 import random
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import numpy as np
@@ -43,8 +45,10 @@ def test_the_front_holds_the_best_choice_of_the_cap_and_nothing_above_it(cap):
 
 def test_where_all_can_be_measured_all_are():
     space = Space(((0,), (1,)), (PAIRS, PAIRS))
-    found = explore(space, bits, loss, 4, trials=25)
-    assert found.keys() == {pairs for pairs in product(PAIRS, repeat=2) if bits(pairs) <= 4}
+    inside = {pairs for pairs in product(PAIRS, repeat=2) if bits(pairs) <= 4}
+    assert len(inside) == 11
+    assert explore(space, bits, loss, 4, trials=11).keys() == inside
+    assert len(explore(space, bits, loss, 4, trials=10)) == 10
 
 
 def test_what_is_always_measured_may_lie_above_the_cap_and_outside_the_space():
@@ -100,6 +104,24 @@ def test_a_search_that_was_stopped_goes_on_and_ends_alike(tmp_path, kind):
     )  # all known: nothing is measured
     with pytest.raises(KeyboardInterrupt):  # another question is another study
         explore(SPACE, bits, stops, 4, trials=trials, storage=storage, key="b")
+
+
+def test_workers_share_one_search(tmp_path):
+    measured = [[], []]
+
+    def work(number):
+        def counted(pairs):
+            measured[number].append(pairs)
+            time.sleep(0.02)
+            return loss(pairs)
+
+        return explore(SPACE, bits, counted, 4, trials=30, storage=tmp_path / "search.json")
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(work, range(2)))
+    assert all(30 <= len(one) <= 31 for one in found)  # both may be at their last one when the count is full
+    assert all(len(one) >= 5 for one in measured)
+    assert len(measured[0]) + len(measured[1]) <= 36  # a choice is measured twice where both suggest it at once
 
 
 KILLED = """

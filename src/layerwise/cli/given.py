@@ -11,10 +11,13 @@ SHARING = (
     "method",
     "sparsity",
     "pattern",
+    "bits",
+    "levels",
     "set_",
     "min_sparsity",
     "max_sparsity",
     "minutes",
+    "storage",
 )  # what makes a plan
 
 

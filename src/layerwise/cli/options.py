@@ -61,11 +61,34 @@ Set = Annotated[
     list[str] | None,
     _option(HOW, "NAME=VALUE", "A setting of the method, e.g. spread=0.1 (repeatable).", "--set"),
 ]
+Bits = Annotated[
+    float | None,
+    _option(
+        HOW,
+        "B",
+        "With --method kvtuner: most bits of a cached number on average, scales and offsets counted, e.g. 4."
+        "  [dim]default: the method's own[/]",
+    ),
+]
+Levels = Annotated[
+    str | None,
+    _option(HOW, "A,B,…", "Bits that keys and values can get, e.g. 2,4,8.  [dim]default: the method's own[/]"),
+]
 MinSparsity = Annotated[float | None, _option(HOW, "S", "No layer below this.")]
 MaxSparsity = Annotated[float | None, _option(HOW, "S", "No layer above this.")]
 Minutes = Annotated[
     float | None,
-    _option(HOW, "M", "With --method auto: try no further plan after so many minutes.  [dim]default: all[/]"),
+    _option(
+        HOW, "M", "With --method auto or kvtuner: try nothing further after so many minutes.  [dim]default: all[/]"
+    ),
+]
+Storage = Annotated[
+    str | None,
+    _option(
+        HOW,
+        "WHERE",
+        "With --method kvtuner: a file or a database URL (sqlite:///…) that keeps the search, and that several of these commands share.",
+    ),
 ]
 Apply = Annotated[Path | None, _option(HOW, "FILE", "Apply this plan instead of making one.", "--plan")]
 Edit = Annotated[Path | None, _option(HOW, "PLAN", "Start from this plan instead of a method.")]

@@ -28,6 +28,8 @@ class MethodChoice:
     max_sparsity: float | None = None
     set: Sequence[str] = ()
     minutes: float | None = None
+    bits: float | None = None
+    levels: str | None = None
 
     def build(self, name: str | None = None, **more: Any) -> "Method":
         """The method, `more` added where it has such settings. Raises ConfigError for an unknown name or setting, offering the nearest."""
@@ -40,6 +42,8 @@ class MethodChoice:
             "min_sparsity": self.min_sparsity,
             "max_sparsity": self.max_sparsity,
             "minutes": self.minutes,
+            "bits": self.bits,
+            "levels": self.levels,
         }
         given = {key: value for key, value in common.items() if value is not None}
         if name in METHODS:

@@ -10,6 +10,7 @@ from .ecoflap import ECoFLaP
 from .erdos_renyi import ER, ERK, ERKPlus
 from .farms import FARMS
 from .grasp import GraSP, GraSPRatio
+from .kv_verdict import KVSearch
 from .kvtuner import KVTuner
 from .owl import OWL
 from .random_ratios import RandomRatios
@@ -32,6 +33,7 @@ __all__ = [
     "ERKPlus",
     "GraSP",
     "GraSPRatio",
+    "KVSearch",
     "KVTuner",
     "Method",
     "RandomRatios",

@@ -32,6 +32,20 @@ class Expected:
         self.left = (_exact(cap) - base) * whole  # above the lowest choice
         self.starts = np.cumsum([0, *(len(options) for options in space.options)])
 
+    def all_within(self, most: int) -> list[Pairs] | None:
+        """Every choice within the cap, or None where there are more than `most`."""
+        found: list[tuple[tuple[int, ...], int]] = [((), 0)]
+        for costs in self.costs:
+            found = [
+                ((*places, place), before + cost)
+                for places, before in found
+                for place, cost in enumerate(costs)
+                if before + cost <= self.left
+            ]
+            if len(found) > most:  # the cheapest option of each group that is left costs nothing more
+                return None
+        return [self.space.chosen(places) for places, _ in found]
+
     def best(self, known: Mapping[Pairs, float]) -> Pairs | None:
         """The unmeasured choice on the front of expected losses that is nearest to the cap; None where all of it is measured."""
         rows, losses = [], []
@@ -53,8 +67,7 @@ class Expected:
             for start, costs in zip(self.starts, self.costs, strict=False)
         ]
         for one in reversed([some for some in additive_front(parts) if some.cost <= self.left]):
-            chosen = [options[place] for options, place in zip(self.space.options, one.choices, strict=True)]
-            if (pairs := self.space.pairs(chosen)) not in known:
+            if (pairs := self.space.chosen(one.choices)) not in known:
                 return pairs
         return None
 

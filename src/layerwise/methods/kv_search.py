@@ -7,7 +7,6 @@ D5 every second trial is the choice that a sum of effects of the groups, fitted 
 """
 
 import hashlib
-import itertools
 import math
 import time
 import warnings
@@ -78,17 +77,16 @@ class _Hunt:
         for number, pairs in enumerate(always):
             tell(number, self.trials, "uniform pairs")
             self.measured(pairs)
-        every: Sequence[Pairs] = ()
-        if self.space.size <= self.trials:
-            every = [self.space.pairs(chosen) for chosen in itertools.product(*self.space.options)]
-        for pairs in every or first:
+        expected = Expected(self.space, self.bits, self.cap)
+        every = expected.all_within(self.trials)
+        for pairs in first if every is None else every:
             known = self.known()
-            if time.monotonic() >= self.end or (not every and len(known) >= self.trials):
+            if time.monotonic() >= self.end or (every is None and len(known) >= self.trials):
                 break
             if self.bits(pairs) <= self.cap and word(pairs) not in known:
                 self.tried(pairs)
-        asked, stale, expected = 0, 0, Expected(self.space, self.bits, self.cap)
-        while not every and time.monotonic() < self.end and stale < _STALE:
+        asked, stale = 0, 0
+        while every is None and time.monotonic() < self.end and stale < _STALE:
             losses = {_pairs_of(name): value for name, value in self.known().items()}
             if len(losses) >= self.trials:
                 break
@@ -129,7 +127,7 @@ class _Hunt:
         try:
             options = self.space.options
             places = {f"group{i}": trial.suggest_int(f"group{i}", 0, len(some) - 1) for i, some in enumerate(options)}
-            suggested = self.space.pairs([some[places[f"group{i}"]] for i, some in enumerate(options)])
+            suggested = self.space.chosen(list(places.values()))
             held = self.bits(suggested)
             trial.set_constraint("bits", held - self.cap)
             value = self.measured(suggested) if held <= self.cap else _ABOVE

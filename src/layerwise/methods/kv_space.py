@@ -34,6 +34,10 @@ class Space:
         of_layer = {layer: pair for layers, pair in zip(self.members, chosen, strict=True) for layer in layers}
         return tuple(of_layer[index] for index in range(len(of_layer)))
 
+    def chosen(self, places: Sequence[int]) -> Pairs:
+        """The place of an option for each group -> one pair for each layer."""
+        return self.pairs([options[place] for options, place in zip(self.options, places, strict=True)])
+
     def places(self, pairs: Pairs) -> dict[str, int] | None:
         """The parameters of a trial that stand for these pairs, or None where a group has no such choice."""
         found = {}

@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from .. import options
+from ..cache_tables import show_cache, show_front
 from ..given import CALIBRATION, SHARING, refuse
 from ..inputs import DataChoice, ModelChoice
 from ..planning import make_plan, record_of, tried_of
@@ -29,10 +30,13 @@ def plan(
     method: options.Method = None,
     sparsity: options.Sparsity = None,
     pattern: options.Pattern = None,
+    bits: options.Bits = None,
+    levels: options.Levels = None,
     set_: options.Set = None,
     min_sparsity: options.MinSparsity = None,
     max_sparsity: options.MaxSparsity = None,
     minutes: options.Minutes = None,
+    storage: options.Storage = None,
     edit: options.Edit = None,
     rebalance: options.Rebalance = False,
     keep: options.Keep = None,
@@ -53,9 +57,11 @@ def plan(
 
     [dim]Example:[/]  layerwise plan demo --method erk --sparsity 0.6 -o plan.yaml
     [dim]Whatever is best for one solver:[/]  layerwise plan demo --method auto --set solver=sparsegpt --minutes 5 -o plan.yaml
+    [dim]Bits of the KV cache:[/]  layerwise plan demo --method kvtuner --bits 4 --minutes 5 -o plan.yaml
     [dim]After edits by hand:[/]  layerwise plan demo --edit plan.yaml --rebalance --keep '*.down_proj' -o plan2.yaml
     """
     from ...errors import OutputError
+    from ...methods import KVSearch
     from ...plan import Plan
 
     screen = Screen(json=json, quiet=quiet)
@@ -73,7 +79,9 @@ def plan(
         (tuple(include or ()), tuple(exclude or ())) if edit is None else (("*",), ())
     )  # a plan names its layers itself
     choice = ModelChoice(model, dtype, *chosen_globs, remote_code)
-    chosen = MethodChoice(method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()), minutes)
+    chosen = MethodChoice(
+        method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()), minutes, bits, levels
+    )
     search = None
     if edit is not None:
         made = Plan.load(edit)
@@ -89,6 +97,10 @@ def plan(
         made = made.with_achieved(structure.layers)
     else:
         built = chosen.build(seed=seed)
+        if built.name == "kvtuner":
+            refuse(context, "since method kvtuner decides for attentions, not for weights", "include", "exclude")
+        else:
+            refuse(context, f"since method {built.name} searches in no storage", "storage")
         drawn = None
         if not built.needs_data:
             refuse(context, f"since method {built.name} looks at weights alone", *CALIBRATION)
@@ -99,14 +111,24 @@ def plan(
         loaded = choice.load(screen)
         structure = choice.structure(loaded)
         record = None if output is None else record_of(output)
-        made, search = make_plan(built, choice, loaded, structure, drawn, screen, record=record)
+        made, search = make_plan(built, choice, loaded, structure, drawn, screen, record=record, storage=storage)
     if output is not None:
         made.save(output, force=force)
         record_of(output).unlink(missing_ok=True)
-    _show(made, structure, screen)
+    cached = any(entry.cache for entry in made.layers.values())
+    if isinstance(search, KVSearch):
+        show_front(search, screen)
+    if cached:
+        show_cache(made, screen)
+    if not cached or made.zeros(structure.layers):
+        _show(made, structure, screen)
     if edit is not None:
         show_notes(made.notes, screen)
-    if output is not None:
+    if output is not None and cached:
+        screen.show(
+            escape(f'\nWritten to {output}. In Python: QuantizedKVCache.from_plan(Plan.load("{output}"), model.config)')
+        )
+    elif output is not None:
         screen.show(escape(f"\nWritten to {output}. Apply it: layerwise compress {model} --plan {output} -o OUT"))
     screen.show_json({"output": None if output is None else str(output), "plan": made.to_dict(), **tried_of(search)})
 
