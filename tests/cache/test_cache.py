@@ -117,10 +117,10 @@ def test_what_is_attended_to_is_every_group_quantised_and_the_rest_as_it_was():
     cache = QuantizedKVCache([(4, 2)], mode="kivi", group=4, residual=4)
     assert torch.equal(cache.update(keys, values, 0)[0], keys)
     got_keys, got_values = cache.update(new_key, new_value, 0)
-    # of 11 keys 8 are whole groups of tokens, of 11 values all but the last 4 are old
+    # of 11 keys 8 are whole groups of tokens; of 11 values 7 are older than the last 4, of which a group is written
     want = torch.cat([quantize(keys[:, :, :8], 4, axis=-2, group=4).values(), keys[:, :, 8:], new_key], dim=2)
     assert torch.allclose(got_keys, want, atol=1e-6)
-    want = torch.cat([quantize(values[:, :, :7], 2, axis=-1, group=4).values(), values[:, :, 7:], new_value], dim=2)
+    want = torch.cat([quantize(values[:, :, :4], 2, axis=-1, group=4).values(), values[:, :, 4:], new_value], dim=2)
     assert torch.allclose(got_values, want, atol=1e-6)
     assert [side.coded for side in cache.layers[0].sides] == [12, 8]
 
@@ -158,8 +158,8 @@ def test_bytes_are_those_of_the_arithmetic(scheme, pair):
 def test_bytes_worked_by_hand():
     cache = QuantizedKVCache([(8, 2)], mode="kivi", group=4, residual=4)
     cache.update(*states(11, batch=1, heads=1), 0)
-    # keys: 8 tokens x 8 channels of a byte, 2 x 8 groups of 4 bytes, 3 tokens of 32 bytes; values: 7 x 2 bytes, 7 x 2 groups, 4 tokens
-    assert cache.nbytes == (64 + 64 + 96) + (14 + 56 + 128)
+    # keys: 8 tokens x 8 channels of a byte, 2 x 8 groups of 4 bytes, 3 tokens of 32 bytes; values: 4 x 2 bytes, 4 x 2 groups, 7 tokens
+    assert cache.nbytes == (64 + 64 + 96) + (8 + 32 + 224)
 
 
 def test_every_layer_has_its_own_bits(model):
@@ -263,7 +263,7 @@ def test_cropping_into_a_group_of_tokens_leaves_its_rest_as_it_was_read():
     side = cache.layers[0].sides[0]
     assert (side.coded, side.recent.shape[2]) == (4, 2)
     assert torch.allclose(side.recent, quantize(keys[:, :, 4:8], 4, axis=-2, group=4).values()[:, :, :2])
-    assert cache.layers[0].sides[1].coded == 6
+    assert (cache.layers[0].sides[1].coded, cache.layers[0].sides[1].tokens) == (4, 6)
     cache.crop(-6)
     assert cache.get_seq_length() == cache.nbytes == 0
 

@@ -115,6 +115,20 @@ class QuantizedKVCache(Cache):  # type: ignore[misc]
         elements = sum(_held(layer)[1] for layer in self.layers)
         return 8 * self.nbytes / elements if elements else 0.0
 
+    def long_run(self) -> tuple[float, float]:
+        """(bits of a number, bytes of a token of one sequence) that a long text comes to, over the layers that grow with it.
+
+        Scales and offsets are counted, the residual is not; full precision counts as 16 bits, whatever the model's dtype. The cache must
+        have been used: heads and channels are those it has seen. Raises ConfigError for an unused one.
+        """
+        sides = [side for layer in self.layers if isinstance(layer, QuantizedKVLayer) for side in layer.sides or ()]
+        if not sides:
+            raise ConfigError(
+                "this cache has not been used yet, so its heads are not known: give it to a forward pass first."
+            )
+        bits = sum(side.width * side.grouping.long_run(side.bits) for side in sides)
+        return bits / sum(side.width for side in sides), bits / 8
+
     @property
     def name(self) -> str:
         """ "K8V4" where all layers are alike, else the mean such as "K5.5V3.25"; with mode and group."""

@@ -37,6 +37,10 @@ class Grouping:
         """How many of so many tokens are held as codes."""
         return max(0, tokens - self.keep) // self.unit * self.unit
 
+    def long_run(self, bits: int) -> float:
+        """Bits of a number, with its share of scale and offset."""
+        return bits if bits == 16 else bits + 8 * _PARAMETERS / self.group
+
     def nbytes(self, bits: int, tokens: int, heads: int, channels: int, exact: int) -> int:
         """Bytes of the codes, scales and offsets, and of the tokens that stay, of `exact` bytes a number."""
         coded = 0 if bits == 16 else self.quantized(tokens)
@@ -48,8 +52,9 @@ class Grouping:
 class Scheme:
     """One for the whole cache. group, residual: None for the mode's own (see the table).
 
-    residual: tokens that stay in full precision. Of the values the last `residual` do; keys of mode "kivi" wait until their group is
-    whole, so of them `residual` - `group` to `residual` - 1. Raises ConfigError.
+    residual: the most recent tokens that stay in full precision. In mode "kivi" a whole group of tokens is written at a time: of the
+    keys `residual` - `group` to `residual` - 1 tokens stay, of the values `residual` to `residual` + `group` - 1. (KIVI writes
+    values token by token; a group at a time takes fewer steps and keeps a few more tokens exact.) Raises ConfigError.
     """
 
     mode: CacheMode = "per-token"
@@ -85,7 +90,8 @@ class Scheme:
 
     def values(self, channels: int) -> Grouping:
         """How values of so many channels are grouped."""
-        return Grouping(-1, self._size(channels), 1, self.window)
+        size = self._size(channels)
+        return Grouping(-1, size, size if self.mode == "kivi" else 1, self.window)
 
     def check(self, pair: Pair, keys: int, values: int, where: str = "") -> None:
         """Raise ConfigError or ShapeError unless heads of so many channels can be held in these bits. where: begins the message."""
@@ -122,12 +128,8 @@ def true_bits(pairs: Sequence[Pair], scheme: Scheme, keys: int, values: int | No
     keys, values: channels of a head (values None: as keys). Layers of one model have equally many numbers, so the mean is plain.
     """
     values = keys if values is None else values
-
-    def held(bits: int, grouping: Grouping) -> float:
-        return bits if bits == 16 else bits + 8 * _PARAMETERS / grouping.group
-
     total = sum(
-        keys * held(key_bits, scheme.keys(keys)) + values * held(value_bits, scheme.values(values))
+        keys * scheme.keys(keys).long_run(key_bits) + values * scheme.values(values).long_run(value_bits)
         for key_bits, value_bits in pairs
     )
     return total / (len(pairs) * (keys + values))

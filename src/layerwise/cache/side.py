@@ -39,8 +39,12 @@ class Side:
     @property
     def elements(self) -> int:
         """Numbers in all tokens."""
-        batch, heads, _, channels = self.recent.shape
-        return batch * heads * self.tokens * channels
+        return self.recent.shape[0] * self.tokens * self.width
+
+    @property
+    def width(self) -> int:
+        """Numbers in one token of one sequence."""
+        return self.recent.shape[1] * self.recent.shape[3]
 
     def tensors(self) -> list[Tensor]:
         """Everything that takes memory."""
@@ -106,7 +110,7 @@ class Side:
         states = states.detach()  # the past carries no gradient
         found = quantize(states, self.bits, axis=self.grouping.axis, group=self.grouping.group)
         asked = states.device.type == "cpu" or states.shape[TOKENS] > 1  # else every step waits for the accelerator
-        if asked and not (found.scale.isfinite().all() and found.offset.isfinite().all()):
+        if asked and not (found.scale + found.offset).isfinite().all():
             raise StatisticsError(
                 f"{self.name}: a number is not finite, or larger than 16 bits hold ({torch.finfo(STORED).max:.0f})."
                 " Check the weights for NaN, or leave this layer at 16 bits."

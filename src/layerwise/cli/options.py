@@ -145,6 +145,39 @@ Latency = Annotated[
     bool, _option(HOW, None, "Also time prefill and decoding, and count the bytes of the KV cache.", "--latency")
 ]
 
+KvBits = Annotated[
+    str | None,
+    _option(
+        HOW,
+        "KxVy",
+        "Also with a KV cache of so many bits, e.g. K8V4 (each 2, 4, 8 or 16).  [dim]default: what the model's own plan.yaml says[/]",
+        "--kv-bits",
+    ),
+]
+KvPlan = Annotated[
+    Path | None, _option(HOW, "FILE", "Also with the KV cache that the cache entries of this plan describe.", "--plan")
+]
+KvMode = Annotated[
+    str,
+    _option(
+        HOW,
+        "NAME",
+        "With --kv-bits: [bold]per-token[/] (groups of a token's channels) or [bold]kivi[/] (keys in groups of a channel's tokens).",
+        "--kv-mode",
+        show_default=True,
+    ),
+]
+KvGroup = Annotated[
+    int | None,
+    _option(
+        HOW,
+        "N",
+        "With --kv-bits: numbers that share a scale.  [dim]default: per-token a whole head, kivi 32[/]",
+        "--kv-group",
+        min=1,
+    ),
+]
+
 # data
 Data = Annotated[
     str | None,

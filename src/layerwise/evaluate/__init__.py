@@ -6,7 +6,7 @@ from typing import Any
 
 from .accuracy import Accuracy, MultipleChoice, accuracy, multiple_choice
 from .divergence import Divergence, divergence
-from .evaluation import Evaluation, evaluate
+from .evaluation import CacheFigures, Evaluation, evaluate
 from .harness import HarnessResult, differences, harness
 from .harness_figures import Figure
 from .harness_tasks import Tasks, find_tasks
@@ -17,6 +17,7 @@ from .sparsity import ZeroCount, count_zeros
 
 __all__ = [
     "Accuracy",
+    "CacheFigures",
     "Divergence",
     "Evaluation",
     "Figure",

@@ -40,8 +40,11 @@ def token_sums(
     against: nn.Module | None = None,
     convention: Convention = "standard",
     progress: Progress | None = None,
+    cached: Callable[[Batch], Tensor] | None = None,
 ) -> Sums:
     """One forward of each model per batch. Every window's tokens 2..L are predicted from those before them.
+
+    cached: gives the logits of `model` instead, through a KV cache.
 
     "standard" and "wanda" drop windows shorter than the others; "all" counts them, token by token. "wanda" also asks for windows
     of the model's whole context. Raises ModelError, DataError, ScoreError (logits that are not numbers).
@@ -51,7 +54,8 @@ def token_sums(
     for done, batch in enumerate(batches, start=1):
         ids = batch["input_ids"]
         if ids.shape[1] == length or convention == "all":
-            _add(sums, logits_of(model, batch), None if against is None else logits_of(against, batch), ids)
+            own = logits_of(model, batch) if cached is None else cached(batch)
+            _add(sums, own, None if against is None else logits_of(against, batch), ids)
             if sums.nll != sums.nll or sums.kl != sums.kl:
                 raise ScoreError(
                     f"the logits are not finite numbers in batch {done} of {len(batches)}. Check the weights for NaN."

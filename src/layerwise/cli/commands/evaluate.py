@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from ...errors import ConfigError
-from .. import options
+from .. import kv_cache, options
 from ..given import refuse
 from ..inputs import DataChoice, ModelChoice, environment_line, hash_line, protocol_line
 from ..screen import Screen, table
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ...cache import QuantizedKVCache
     from ...evaluate import Latency, ZeroCount
     from ...evaluate.logits import Convention
     from ...tasks import Batches
@@ -37,6 +38,10 @@ def evaluate(
     limit: options.Limit = None,
     convention: options.Convention = "standard",
     latency: options.Latency = False,
+    kv_bits: options.KvBits = None,
+    kv_mode: options.KvMode = "per-token",
+    kv_group: options.KvGroup = None,
+    plan: options.KvPlan = None,
     batch: options.Batch = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -50,10 +55,12 @@ def evaluate(
     [dim]Example:[/]  layerwise evaluate out --against demo
 
     [dim]Example:[/]  layerwise evaluate out --against demo --tasks examples/lm_eval/stdlib_modules.yaml
+
+    [dim]Example:[/]  layerwise evaluate demo --kv-bits K8V4
     """
     screen = Screen(json=json, quiet=quiet)
     where, known = device_of(device), convention_of(convention)
-    of_text = ("tokens", "bos", "convention", "latency")
+    of_text = ("tokens", "bos", "convention", "latency", *kv_cache.OPTIONS)
     if tasks is not None:
         refuse(context, "since --tasks bring their own text", "data", *of_text)
     elif limit is not None:
@@ -67,6 +74,11 @@ def evaluate(
         _ = choice.bytes  # a damaged file shows before anything is loaded
         if not choice.sees:
             choice.check_perplexity()
+    cache = (
+        None
+        if tasks is not None or choices["model"].sees
+        else kv_cache.cache_of(context, choices["model"], kv_bits, plan, kv_mode, kv_group)
+    )
     if tasks is not None:
         zero_shot(choices, tasks, screen, limit=limit, batch=batch or 1, length=length, device=where)
         return
@@ -78,7 +90,7 @@ def evaluate(
     if choices["model"].sees:
         _classifier(choices, models, windows, where, screen)
     else:
-        _language(choices, models, windows, screen, known, where, latency)
+        _language(choices, models, windows, screen, known, where, latency, cache)
 
 
 def _language(
@@ -89,6 +101,7 @@ def _language(
     convention: "Convention",
     where: "torch.device",
     latency: bool,
+    cache: "QuantizedKVCache | None",
 ) -> None:
     from ...evaluate import count_zeros
     from ...evaluate import evaluate as measure
@@ -102,9 +115,19 @@ def _language(
             device=where,
             progress=step,
         )
+    kv = kv_cache.with_cache(models, windows, cache, screen, convention, where) if cache is not None else None
     files = {name: count_zeros(choice.folder) for name, choice in choices.items()}
     times = {name: _latency(one.to(where), screen, name) for name, one in models.items()} if latency else {}
-    rows = table("", "perplexity", "KL (nats)", "top-1 same", "zeros", "bytes", *(TIMES if times else ()))
+    rows = table(
+        "",
+        "perplexity",
+        "KL (nats)",
+        "top-1 same",
+        "zeros",
+        "bytes",
+        *(TIMES if times else ()),
+        *(kv_cache.COLUMNS if kv else ()),
+    )
     figures = {"model": (found.perplexity, found.kl, found.top1), "dense": (found.dense_perplexity, 0.0, 1.0)}
     for name, choice in reversed(choices.items()):
         perplexity, kl, top1 = figures[name]
@@ -116,10 +139,23 @@ def _language(
             f"{_share(files[name]):.2%}",
             f"{files[name].bytes:,}",
             *(_times(times[name]) if times else ()),
+            *(kv_cache.plain_cells(kv) if kv else ()),
+        )
+    if kv is not None and cache is not None:
+        rows.add_row(
+            f"  with {cache.name}",
+            f"{kv.perplexity:.3f}",
+            f"{kv.kl:.4f}",
+            f"{kv.top1:.2%}",
+            "",
+            "",
+            *("" for _ in (TIMES if times else ())),
+            *kv_cache.cells(kv),
         )
     screen.show(
         rows,
         f"\n[dim]measured on: {escape(protocol_line(windows))}; {found.tokens:,} tokens scored[/]",
+        *(f"[dim]{escape(line)}[/]" for line in (kv_cache.lines(kv, "dense" in models) if kv else [])),
         *([f"[dim]times: {_timed(times['model'])}[/]"] if times else []),
         f"[dim]with: {environment_line(found.protocol)}[/]",
         f"[dim]hashes: {hash_line(found.protocol)}[/]",
@@ -129,6 +165,7 @@ def _language(
             **found.to_dict(),
             "files": {name: {"zeros": one.total, "bytes": one.bytes} for name, one in files.items()},
             "latency": {name: one.to_dict() for name, one in times.items()} or None,
+            "kv_cache": kv.to_dict() if kv else None,
         }
     )
 

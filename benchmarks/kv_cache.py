@@ -1,0 +1,221 @@
+"""What a quantised KV cache costs and takes: uniform pairs in both modes, beside the plain cache and transformers' QuantizedCache.
+
+    python benchmarks/kv_cache.py --bed FOLDER --work /tmp/kv --peer-python peer/bin/python
+
+Every row is written to a file as soon as it is measured, so a run that was killed goes on where it stopped. See README.md.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+import layerwise as lw
+from bed import Subject, add_arguments, subjects
+from kv_measuring import decoding, quality
+from layerwise.cache import parse_pair
+from lines import Lines, Row
+from measuring import machine
+
+HERE = Path(__file__).parent
+PAIRS = "K8V8,K8V4,K4V8,K4V4,K4V2,K2V2"
+PEERS = "quanto-4,quanto-2,hqq-8,hqq-4,hqq-2"
+PLAIN = "plain"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser, models="stories260k,demo,smollm2")
+    parser.add_argument("--pairs", default=PAIRS)
+    parser.add_argument("--modes", default="per-token,kivi")
+    parser.add_argument("--peers", default=PEERS)
+    parser.add_argument(
+        "--peer-python", type=Path, help="of an environment with optimum-quanto and hqq; none: no peers"
+    )
+    parser.add_argument("--tokens", type=int, default=8192, help="held-out tokens, in windows of --length")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--step", type=int, default=16, help="tokens of a pass, for the KL that peers can be held to")
+    parser.add_argument("--batch", type=int, default=1, help="sequences that are decoded together")
+    parser.add_argument("--context", type=int, default=448, help="tokens of the prompt before decoding is timed")
+    parser.add_argument("--new", type=int, default=64, help="tokens that are decoded")
+    parser.add_argument("--rounds", type=int, default=3, help="times that every cache is timed, in turns")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=HERE / "results/kv_cache.md")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.work.mkdir(parents=True, exist_ok=True)
+
+    results, shown = Lines(options.out.with_suffix(".jsonl")), {}
+    for subject in subjects(options):
+        shown[subject.name] = protocol = protocol_of(subject, options)
+        measure(subject, protocol, results, options)
+    text = "\n".join(report(results, shown, options))
+    options.out.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def protocol_of(subject: Subject, options: argparse.Namespace) -> Row:
+    """What a number depends on beside its cache."""
+    weights = hashlib.sha256()
+    for file in sorted(subject.folder.glob("*.safetensors")):
+        weights.update(file.read_bytes())
+    return {
+        "weights": weights.hexdigest()[:12],
+        "evaluated": [options.tokens, options.length, options.step],
+        "decoded": [options.batch, options.context, options.new],
+        "run": [options.dtype, options.device, options.threads],
+        "layerwise": lw.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def rows_of(options: argparse.Namespace) -> list[str]:
+    """Names of everything that is measured, the plain cache first."""
+    ours = [f"{pair} {mode}" for mode in options.modes.split(",") for pair in options.pairs.split(",")]
+    return [PLAIN, *ours, *(options.peers.split(",") if options.peer_python and options.peers else [])]
+
+
+def measure(subject: Subject, protocol: Row, results: Lines, options: argparse.Namespace) -> None:
+    """Every row that is not measured yet; times in turns, so that a busy minute does not fall on one cache alone."""
+    asked = [{"model": subject.name, "cache": name, "protocol": protocol} for name in rows_of(options)]
+    missing = [key for key in asked if key not in results]
+    if not missing:
+        return
+    model = lw.load(subject.folder, dtype=options.dtype, device=options.device)
+    limit = model.config.max_position_embeddings
+    windows = [window.to(options.device) for window in subject.evaluation(options.tokens, min(options.length, limit))]
+    long = torch.cat(windows).repeat(-(-options.batch * limit // sum(map(len, windows))))
+    total = min(options.context + options.new, limit)
+    prompt = long[: options.batch * total].reshape(options.batch, total)
+    ids = options.work / f"{subject.name}.ids.safetensors"
+    save_file({"prompt": prompt.cpu()} | {f"window.{i}": one.cpu() for i, one in enumerate(windows)}, ids)
+    times: dict[str, list[float]] = {}
+    rows: dict[str, Row] = {}
+    for turn in range(options.rounds):
+        for key in missing:
+            name = key["cache"]
+            if "-" in name and name.partition("-")[0] in ("quanto", "hqq"):
+                found = peer(name, subject, ids, model, options, with_quality=turn == 0)
+            else:
+                found = ours(name, model, windows, prompt, options, with_quality=turn == 0)
+            times.setdefault(name, []).append(found.pop("seconds", float("nan")))
+            rows.setdefault(name, {}).update(found)
+            print(subject.name, name, turn, found, file=sys.stderr, flush=True)
+    for key in missing:
+        seconds = times[key["cache"]]
+        results.add(key, rows[key["cache"]] | {"seconds": statistics.median(seconds), "all_seconds": seconds})
+
+
+def ours(
+    name: str,
+    model: nn.Module,
+    windows: list[Tensor],
+    prompt: Tensor,
+    options: argparse.Namespace,
+    *,
+    with_quality: bool,
+) -> Row:
+    """One of our caches, or the plain one."""
+    if name == PLAIN:
+        row: Row = (
+            quality(model, windows, lambda: DynamicCache(config=model.config), options.step) if with_quality else {}
+        )
+        return row | decoding(model, prompt, lambda: DynamicCache(config=model.config), options.new)
+    pair, mode = name.split()
+    settings: dict[str, Any] = {"mode": mode, **group_of(mode, model)}
+    make = partial(lw.QuantizedKVCache.uniform, *parse_pair(pair), model.config, **settings)
+    row = {}
+    if with_quality:
+        data = lw.Batches(tuple({"input_ids": window[None]} for window in windows), {})
+        once = lw.evaluate(model, data, against=model, cache=make(quantize_prefill=True), convention="all")
+        assert once.cache is not None
+        row = quality(model, windows, make, options.step)
+        row |= {"once_kl": once.kl, "once_perplexity": once.perplexity, "bits": once.cache.bits}
+        row |= {
+            "bytes_per_token": once.cache.bytes_per_token,
+            "plain_bytes": once.cache.plain_bytes,
+            **group_of(mode, model),
+        }
+    return row | decoding(model, prompt, make, options.new)
+
+
+def group_of(mode: str, model: nn.Module) -> Row:
+    """Groups of 32 in mode kivi, fewer where a head is smaller; per-token groups are the head."""
+    head = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
+    return {"group": min(32, head), "residual": 32} if mode == "kivi" else {}
+
+
+def peer(
+    name: str, subject: Subject, ids: Path, model: nn.Module, options: argparse.Namespace, *, with_quality: bool
+) -> Row:
+    """transformers' QuantizedCache in the peer's environment, its own defaults for the residual, per-token groups."""
+    backend, bits = name.split("-")
+    head = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
+    job = {
+        "model": str(subject.folder), "ids": str(ids), "backend": backend, "bits": int(bits), "group": min(64, head),
+        "residual": 128, "step": options.step, "new": options.new, "threads": options.threads, "dtype": options.dtype,
+        "device": options.device, "quality": with_quality,
+    }  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [options.peer_python, HERE / "peer_kv_cache.py", json.dumps(job)],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["it said nothing"])[-1]}
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def report(results: Lines, shown: dict[str, Row], options: argparse.Namespace) -> Iterator[str]:
+    yield "# KV cache: what fewer bits cost, and what they take"
+    yield ""
+    yield f"Machine: {machine()}; {options.threads} threads, {options.device}, {options.dtype}."
+    yield f"layerwise {lw.__version__}, torch {torch.__version__}."
+    yield (
+        f"Protocol: up to {options.tokens} held-out tokens in windows of {options.length}. KL from the same model with the plain cache, in"
+        " nats a token. *One pass*: every token attends to quantised keys and values. *Passes*: windows go through in passes of"
+        f" {options.step} tokens, which attend to the past as it is stored and to themselves exactly, as in generation. Bits and bytes a"
+        " token: once the text is long, scales and offsets counted, full precision as 16 bits. Held: measured at the end of decoding, in"
+        f" the run's dtype, all parts. Tokens/s: {options.batch} x {options.new} tokens decoded after {options.context}, the median step,"
+        f" the median of {options.rounds} rounds (lowest-highest). Peers: per-token groups of a head, residual 128."
+    )
+    for model, protocol in shown.items():
+        rows = {key: results.of(model=model, cache=key, protocol=protocol) for key in rows_of(options)}
+        yield from ["", f"## {model}", "", f"Weights {protocol['weights']}.", ""]
+        yield "| cache | bits | bytes/token | held | KL, one pass | perplexity, one pass | KL, passes | perplexity, passes | tokens/s |"
+        yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+        for name, found in rows.items():
+            yield line(name, found[0] if found else {"error": "not measured"}, options.batch)
+
+
+def line(name: str, row: Row, batch: int) -> str:
+    if "error" in row:
+        return f"| {name} | failed: {row['error']} |{' |' * 7}"
+    seconds = row["all_seconds"]
+    speed = f"{batch / row['seconds']:.1f} ({batch / max(seconds):.1f}-{batch / min(seconds):.1f})"
+    parts = ["16" if name == PLAIN else "", "", f"{row['bytes']:,}", "", ""]
+    if "bits" in row:
+        parts[:2] = [f"{row['bits']:.2f}", f"{row['bytes_per_token']:,.0f}"]
+        parts[3:] = [f"{row['once_kl']:.4f}", f"{row['once_perplexity']:.3f}"]
+    words = f"{name}, group {row['group']}" if "group" in row else name
+    words = f"{words} {row['version']}" if "version" in row else words
+    return f"| {words} | {' | '.join(parts)} | {row['kl']:.4f} | {row['perplexity']:.3f} | {speed} |"
+
+
+if __name__ == "__main__":
+    main()
