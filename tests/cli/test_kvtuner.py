@@ -21,7 +21,7 @@ def test_the_front_is_shown_and_the_plan_written(here, capsys):
     assert "K8V8" in out
     assert "on the front" in out
     assert "chosen" in out
-    assert "QuantizedKVCache.from_plan" in out
+    assert "layerwise evaluate model --plan plan.yaml" in out
     assert "weights become zero" not in out
     assert "data the search did not see" in err
     plan = Plan.load("plan.yaml")

@@ -13,7 +13,7 @@ from ..allocate.cluster import Noise
 from ..errors import ModelError
 from ..plan import CacheBits
 from ..scores import all_pairs, attention_errors, decoder_config
-from ..tasks.batches import Batch
+from ..tasks.batches import Batch, call
 from .kv_loss import Cached
 from .kv_space import Pair, Pairs, Space
 
@@ -101,7 +101,7 @@ def layers_of(model: nn.Module, batch: Batch, treatment: CacheBits, nominal: boo
     config, scheme = decoder_config(model), Scheme(treatment.mode, treatment.group, treatment.residual)
     known.stock_layers(known.decoder_config(model.config))  # its errors
     cache = DynamicCache(config=config)
-    Cached(model, lambda: cache)(**{name: value[:1] for name, value in batch.items()})
+    call(Cached(model, lambda: cache), {name: value[:1] for name, value in batch.items()})
     plain = [i for i, layer in enumerate(cache.layers) if type(layer) is DynamicLayer and layer.is_initialized]
     by_place = {
         module.layer_idx: name

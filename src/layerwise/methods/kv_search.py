@@ -46,17 +46,18 @@ def explore(
     first: Sequence[Pairs] = (),
     always: Sequence[Pairs] = (),
     seed: int = 0,
-    storage: str | Path | None = None,
+    storage: "str | Path | BaseStorage | None" = None,
     key: str = "",
     minutes: float = 0.0,
 ) -> dict[Pairs, float]:
     """Pairs -> loss of all that was measured: `always`, then choices of at most `cap` bits, `first` before others.
 
-    storage: a journal file, or a database URL; None: memory. key: what the losses depend on; another key is another study in the same
-    storage. minutes: measure nothing new after that long, but for `always`; 0: no limit. Raises MissingExtra without optuna, OutputError
-    or ConfigError for a storage that cannot be used.
+    storage: a journal file, a database URL, or what `opened` made of them; None: memory. key: what the losses depend on; another key is
+    another study in the same storage. minutes: measure nothing new after that long, but for `always`; 0: no limit. Raises
+    MissingExtra without Optuna, OutputError or ConfigError for a storage that cannot be used.
     """
-    with _study(_opened(storage), key) as study:
+    place = opened(storage) if storage is None or isinstance(storage, (str, Path)) else storage
+    with _study(place, key) as study:
         end = time.monotonic() + 60 * minutes if minutes else math.inf
         hunt = _Hunt(study, space, bits, loss, cap, trials, seed, end)
         return hunt.run(first, always)
@@ -152,7 +153,7 @@ def _study(storage: "BaseStorage | None", key: str) -> Iterator["Study"]:
         optuna.logging.set_verbosity(before)
 
 
-def _opened(storage: str | Path | None) -> "BaseStorage | None":
+def opened(storage: str | Path | None) -> "BaseStorage | None":
     """The storage by its name. Raises MissingExtra, OutputError, ConfigError."""
     try:
         import optuna

@@ -30,7 +30,7 @@ from ..version import __version__
 from .assemble import facts_of
 from .kv_layers import Layers, layers_of, measured_errors, space_of, starts_of
 from .kv_loss import Divergence, Metric, Prefill
-from .kv_search import explore, settings_key
+from .kv_search import explore, opened, settings_key
 from .kv_space import Pair, Pairs
 from .kv_verdict import KVSearch, TriedBits, verdict_on
 from .search import enough
@@ -139,6 +139,7 @@ class KVTuner:
                 "KVTuner needs calibration data (--data), two batches or more: it searches on some and decides on the others."
             )
         seen, unseen = _parted(data)
+        place = opened(storage)  # its errors, before any work
         with undisturbed([model]):
             layers = layers_of(model, seen[0], self.treatment((2, 2)), self.nominal)
             self._check_budget(layers)
@@ -161,7 +162,7 @@ class KVTuner:
                 first=[*uniform, *starts_of(space, errors, layers, self.bits)],
                 always=uniform,
                 seed=self.seed,
-                storage=storage,
+                storage=place,
                 key=self._key(model, structure, seen, metric),
                 minutes=self.minutes,
             )
@@ -169,13 +170,12 @@ class KVTuner:
             what = "KL divergence" if isinstance(metric, Divergence) else "loss"
             fresh = enough(unseen, self.judged)
             verdict = verdict_on(listed, self.bits, lambda pairs: rows(pairs, fresh), what)
-        notes = (*layers.notes(space, self.choices), verdict.sentence)
         plan = Plan(
             model=facts_of(model, structure),
             method=self,
             layers={name: self.treatment(pair) for name, pair in zip(layers.names, verdict.pairs, strict=True)},
             scores={name: errors[name][pair] for name, pair in zip(layers.names, verdict.pairs, strict=True)},
-            notes=notes,
+            notes=(*layers.notes(space, self.choices), verdict.sentence),
         )
         return KVSearch(plan, verdict.tried, verdict.sentence, space)
 

@@ -126,7 +126,7 @@ def plan(
         show_notes(made.notes, screen)
     if output is not None and cached:
         screen.show(
-            escape(f'\nWritten to {output}. In Python: QuantizedKVCache.from_plan(Plan.load("{output}"), model.config)')
+            escape(f"\nWritten to {output}. Measure it: layerwise evaluate {model} --plan {output} --data TEXT")
         )
     elif output is not None:
         screen.show(escape(f"\nWritten to {output}. Apply it: layerwise compress {model} --plan {output} -o OUT"))
