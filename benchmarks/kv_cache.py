@@ -2,7 +2,7 @@
 
     python benchmarks/kv_cache.py --bed FOLDER --work /tmp/kv --peer-python peer/bin/python
 
-Every row is written to a file as soon as it is measured, so a run that was killed goes on where it stopped. See README.md.
+Every measurement is written to a file as soon as it is made, so a run that was killed goes on where it stopped. See README.md.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,9 @@ def rows_of(options: argparse.Namespace) -> list[str]:
 
 
 def measure(subject: Subject, protocol: Row, results: Lines, options: argparse.Namespace) -> None:
-    """Every row that is not measured yet; times in turns, so that a busy minute does not fall on one cache alone."""
-    asked = [{"model": subject.name, "cache": name, "protocol": protocol} for name in rows_of(options)]
+    """Everything that is not measured yet. Times in turns, so that a busy minute does not fall on one cache alone."""
+    parts = ["quality", *(f"time {turn}" for turn in range(options.rounds))]
+    asked = [key_of(subject.name, name, part, protocol) for part in parts for name in rows_of(options)]
     missing = [key for key in asked if key not in results]
     if not missing:
         return
@@ -104,54 +105,48 @@ def measure(subject: Subject, protocol: Row, results: Lines, options: argparse.N
     prompt = long[: options.batch * total].reshape(options.batch, total)
     ids = options.work / f"{subject.name}.ids.safetensors"
     save_file({"prompt": prompt.cpu()} | {f"window.{i}": one.cpu() for i, one in enumerate(windows)}, ids)
-    times: dict[str, list[float]] = {}
-    rows: dict[str, Row] = {}
-    for turn in range(options.rounds):
-        for key in missing:
-            name = key["cache"]
-            if "-" in name and name.partition("-")[0] in ("quanto", "hqq"):
-                found = peer(name, subject, ids, model, options, with_quality=turn == 0)
-            else:
-                found = ours(name, model, windows, prompt, options, with_quality=turn == 0)
-            times.setdefault(name, []).append(found.pop("seconds", float("nan")))
-            rows.setdefault(name, {}).update(found)
-            print(subject.name, name, turn, found, file=sys.stderr, flush=True)
     for key in missing:
-        seconds = times[key["cache"]]
-        results.add(key, rows[key["cache"]] | {"seconds": statistics.median(seconds), "all_seconds": seconds})
+        name, of_quality = key["cache"], key["part"] == "quality"
+        if name.partition("-")[0] in ("quanto", "hqq"):
+            row = peer(name, subject, ids, model, options, of_quality=of_quality)
+        elif of_quality:
+            row = judged(name, model, windows, options)
+        else:
+            row = decoding(model, prompt, maker(name, model), options.new)
+        results.add(key, row)
+        print(subject.name, name, key["part"], row, file=sys.stderr, flush=True)
 
 
-def ours(
-    name: str,
-    model: nn.Module,
-    windows: list[Tensor],
-    prompt: Tensor,
-    options: argparse.Namespace,
-    *,
-    with_quality: bool,
-) -> Row:
-    """One of our caches, or the plain one."""
+def key_of(model: str, name: str, part: str, protocol: Row) -> Row:
+    return {"model": model, "cache": name, "part": part, "protocol": protocol}
+
+
+def maker(name: str, model: nn.Module) -> Callable[..., Any]:
+    """What makes an empty cache of ours, or a plain one."""
     if name == PLAIN:
-        row: Row = (
-            quality(model, windows, lambda: DynamicCache(config=model.config), options.step) if with_quality else {}
-        )
-        return row | decoding(model, prompt, lambda: DynamicCache(config=model.config), options.new)
+        return partial(DynamicCache, config=model.config)
     pair, mode = name.split()
-    settings: dict[str, Any] = {"mode": mode, **group_of(mode, model)}
-    make = partial(lw.QuantizedKVCache.uniform, *parse_pair(pair), model.config, **settings)
-    row = {}
-    if with_quality:
-        data = lw.Batches(tuple({"input_ids": window[None]} for window in windows), {})
-        once = lw.evaluate(model, data, against=model, cache=make(quantize_prefill=True), convention="all")
-        assert once.cache is not None
-        row = quality(model, windows, make, options.step)
-        row |= {"once_kl": once.kl, "once_perplexity": once.perplexity, "bits": once.cache.bits}
-        row |= {
-            "bytes_per_token": once.cache.bytes_per_token,
-            "plain_bytes": once.cache.plain_bytes,
-            **group_of(mode, model),
-        }
-    return row | decoding(model, prompt, make, options.new)
+    return partial(
+        lw.QuantizedKVCache.uniform, *parse_pair(pair), model.config, mode=mode, **group_of(mode, model)
+    )  # fmt: skip
+
+
+def judged(name: str, model: nn.Module, windows: list[Tensor], options: argparse.Namespace) -> Row:
+    """In passes, and (ours) in one pass."""
+    make = maker(name, model)
+    row: Row = quality(model, windows, make, options.step)
+    if name == PLAIN:
+        return row
+    data = lw.Batches(tuple({"input_ids": window[None]} for window in windows), {})
+    once = lw.evaluate(model, data, against=model, cache=make(quantize_prefill=True), convention="all")
+    assert once.cache is not None
+    return row | {
+        "once_kl": once.kl,
+        "once_perplexity": once.perplexity,
+        "bits": once.cache.bits,
+        "bytes_per_token": once.cache.bytes_per_token,
+        **group_of(name.split()[1], model),
+    }
 
 
 def group_of(mode: str, model: nn.Module) -> Row:
@@ -161,7 +156,7 @@ def group_of(mode: str, model: nn.Module) -> Row:
 
 
 def peer(
-    name: str, subject: Subject, ids: Path, model: nn.Module, options: argparse.Namespace, *, with_quality: bool
+    name: str, subject: Subject, ids: Path, model: nn.Module, options: argparse.Namespace, *, of_quality: bool
 ) -> Row:
     """transformers' QuantizedCache in the peer's environment, its own defaults for the residual, per-token groups."""
     backend, bits = name.split("-")
@@ -169,7 +164,7 @@ def peer(
     job = {
         "model": str(subject.folder), "ids": str(ids), "backend": backend, "bits": int(bits), "group": min(64, head),
         "residual": 128, "step": options.step, "new": options.new, "threads": options.threads, "dtype": options.dtype,
-        "device": options.device, "quality": with_quality,
+        "device": options.device, "quality": of_quality,
     }  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -195,20 +190,24 @@ def report(results: Lines, shown: dict[str, Row], options: argparse.Namespace) -
         f" the median of {options.rounds} rounds (lowest-highest). Peers: per-token groups of a head, residual 128."
     )
     for model, protocol in shown.items():
-        rows = {key: results.of(model=model, cache=key, protocol=protocol) for key in rows_of(options)}
         yield from ["", f"## {model}", "", f"Weights {protocol['weights']}.", ""]
         yield "| cache | bits | bytes/token | held | KL, one pass | perplexity, one pass | KL, passes | perplexity, passes | tokens/s |"
         yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
-        for name, found in rows.items():
-            yield line(name, found[0] if found else {"error": "not measured"}, options.batch)
+        for name in rows_of(options):
+            judged_ = results.of(model=model, cache=name, part="quality", protocol=protocol)
+            times = [
+                results.of(model=model, cache=name, part=f"time {turn}", protocol=protocol)
+                for turn in range(options.rounds)
+            ]
+            yield line(name, judged_[0], [row[0] for row in times], options.batch)
 
 
-def line(name: str, row: Row, batch: int) -> str:
-    if "error" in row:
-        return f"| {name} | failed: {row['error']} |{' |' * 7}"
-    seconds = row["all_seconds"]
-    speed = f"{batch / row['seconds']:.1f} ({batch / max(seconds):.1f}-{batch / min(seconds):.1f})"
-    parts = ["16" if name == PLAIN else "", "", f"{row['bytes']:,}", "", ""]
+def line(name: str, row: Row, times: list[Row], batch: int) -> str:
+    if error := next((one["error"] for one in (row, *times) if "error" in one), None):
+        return f"| {name} | failed: {error} |{' |' * 7}"
+    seconds, held = [one["seconds"] for one in times], times[0]["bytes"]
+    speed = f"{batch / statistics.median(seconds):.1f} ({batch / max(seconds):.1f}-{batch / min(seconds):.1f})"
+    parts = ["16" if name == PLAIN else "", "", f"{held:,}", "", ""]
     if "bits" in row:
         parts[:2] = [f"{row['bits']:.2f}", f"{row['bytes_per_token']:,.0f}"]
         parts[3:] = [f"{row['once_kl']:.4f}", f"{row['once_perplexity']:.3f}"]

@@ -1,7 +1,7 @@
 """transformers' QuantizedCache with quanto or HQQ: the other side of `kv_cache.py`, run by the peer environment's Python.
 
 Takes one JSON argument: model (folder), ids (a safetensors file with prompt and window.0, window.1, ...), backend, bits, group,
-residual, step, new, threads, dtype, device, quality. Prints one line of JSON.
+residual, step, new, threads, dtype, device, quality (true: judge the windows; false: time decoding). Prints one line of JSON.
 """
 
 import json
@@ -29,10 +29,12 @@ def main() -> None:
         QuantizedCache, backend=job["backend"], config=model.config, nbits=job["bits"], axis_key=axis, axis_value=axis,
         q_group_size=job["group"], residual_length=job["residual"],
     )  # fmt: skip
-    windows = [data[f"window.{index}"] for index in range(len(data) - 1)] if job["quality"] else []
-    row = quality(model, windows, make, job["step"]) if windows else {}
+    if job["quality"]:
+        row = quality(model, [data[f"window.{index}"] for index in range(len(data) - 1)], make, job["step"])
+    else:
+        row = decoding(model, data["prompt"], make, job["new"])
     package = {"quanto": "optimum-quanto", "hqq": "hqq"}[job["backend"]]
-    print(json.dumps(row | decoding(model, data["prompt"], make, job["new"]) | {"version": version(package)}))
+    print(json.dumps(row | {"version": version(package)}))
 
 
 if __name__ == "__main__":

@@ -264,6 +264,13 @@ def test_cropping_into_a_group_of_tokens_leaves_its_rest_as_it_was_read():
     assert (side.coded, side.recent.shape[2]) == (4, 2)
     assert torch.allclose(side.recent, quantize(keys[:, :, 4:8], 4, axis=-2, group=4).values()[:, :, :2])
     assert (cache.layers[0].sides[1].coded, cache.layers[0].sides[1].tokens) == (4, 6)
+    cache.crop(-3)
+    assert [side.coded for side in cache.layers[0].sides] == [0, 3]  # a token's values have scales of their own
+    codes = cache.layers[0].sides[1].packed
+    cache.update(keys[:, :, :6], values[:, :, :6], 0)
+    assert [side.tokens for side in cache.layers[0].sides] == [9, 9]
+    assert torch.equal(cache.layers[0].sides[1].packed[:, :, :3], codes)
+    cache.crop(-3)
     cache.crop(-6)
     assert cache.get_seq_length() == cache.nbytes == 0
 

@@ -79,7 +79,8 @@ class Side:
         if left >= self.coded:
             self.recent = _owned(self.recent.narrow(TOKENS, 0, left - self.coded))
             return
-        coded, whole = self.coded, left // self.grouping.unit * self.grouping.unit
+        unit = self.grouping.unit if self.grouping.axis == -TOKENS else 1  # else every token has scales of its own
+        coded, whole = self.coded, left // unit * unit
         rest = self.recent if left == whole else self._read(self.recent.dtype)
         self.recent = _owned(rest.narrow(TOKENS, min(whole, rest.shape[TOKENS]), left - whole))
         self._map(lambda part: _owned(part.narrow(TOKENS, 0, part.shape[TOKENS] * whole // coded)))

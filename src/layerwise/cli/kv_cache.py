@@ -51,6 +51,16 @@ def cache_of(
     return QuantizedKVCache.from_plan(found, config_of(model.folder, model.remote_code), quantize_prefill=True)
 
 
+def say_unused(model: ModelChoice, screen: Screen) -> None:
+    """Tasks run with the plain cache, also where the plan beside the model has bits for it: then this is said."""
+    from ..io.kv_cache import cache_plan
+
+    if cache_plan(model.folder) is not None:
+        screen.say(
+            "note: tasks run with the plain KV cache, not with the bits that the model's plan gives it.", style="yellow"
+        )
+
+
 def with_cache(
     models: "dict[str, nn.Module]",
     windows: "Batches",

@@ -74,14 +74,13 @@ def evaluate(
         _ = choice.bytes  # a damaged file shows before anything is loaded
         if not choice.sees:
             choice.check_perplexity()
-    cache = (
-        None
-        if tasks is not None or choices["model"].sees
-        else kv_cache.cache_of(context, choices["model"], kv_bits, plan, kv_mode, kv_group)
-    )
+    cache = None
     if tasks is not None:
+        kv_cache.say_unused(choices["model"], screen)
         zero_shot(choices, tasks, screen, limit=limit, batch=batch or 1, length=length, device=where)
         return
+    if not choices["model"].sees:
+        cache = kv_cache.cache_of(context, choices["model"], kv_bits, plan, kv_mode, kv_group)
     source = data or ("python-docs" if "demo" in (model, against) else None)
     windows = DataChoice(source, length=length, batch=batch, bos=bos).read(
         choices["model"], screen, tokens, tail=convention == "all"
