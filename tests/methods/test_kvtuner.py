@@ -148,10 +148,12 @@ def test_kivi_groups_tokens_of_a_channel_and_says_what_stays(model):
     assert QuantizedKVCache.from_plan(plan, model.config).scheme.mode == "kivi"
     layers = layers_of(model, data()[0], tuner.treatment((2, 2)), False)
     x = torch.randn(1, 2, 19, 8, generator=generator_for(0, "x"))
-    keys, values = layers.quantise(x, 2, "key"), layers.quantise(x, 2, "value")
-    assert torch.equal(keys[:, :, 16:], x[:, :, 16:])  # no whole group
+    keys, values = (layers.quantise(x, 2, which) for which in ("key", "value"))
+    for made in (keys, values):
+        assert torch.equal(made[:, :, 16:], x[:, :, 16:])  # no whole group
+        assert not torch.equal(made[:, :, :16], x[:, :, :16])
     assert all(len(keys[0, 0, :8, channel].unique()) <= 4 for channel in range(8))
-    assert all(len(values[0, 0, token].unique()) <= 4 for token in range(19))
+    assert all(len(values[0, 0, token].unique()) <= 4 for token in range(16))
 
 
 def test_exact_prefill_runs_and_finds_less_loss(model, found):

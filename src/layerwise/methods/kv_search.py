@@ -1,7 +1,7 @@
 """KVTuner's search: bits against loss over groups of layers, by NSGA-II in Optuna, in a study that workers share and a kill does not end.
 
-Departures from the official script: D1 the sampler is seeded, anew for each trial, so that a search that was killed goes on as it
-would have. D2 a choice above the cap is not measured, since its bits are known beforehand; NSGA-II is told how far above it is. D3
+Departures from the official script: D1 the sampler is seeded, anew for each trial, so that a search that goes on does not draw again what
+it drew before. D2 a choice above the cap is not measured, since its bits are known beforehand; NSGA-II is told how far above it is. D3
 no choice is measured twice; `trials` counts those measured. D4 where there are fewer choices than trials, all are measured.
 D5 every second trial is the choice that a sum of effects of the groups, fitted to what was measured, expects to be best (`kv_expected`).
 """
@@ -140,7 +140,7 @@ class _Hunt:
 
 @contextmanager
 def _study(storage: "BaseStorage | None", key: str) -> Iterator["Study"]:
-    """The study of this key, Optuna as quiet as it was not before."""
+    """The study of this key; meanwhile Optuna does not log every trial."""
     import optuna
 
     before = optuna.logging.get_verbosity()
