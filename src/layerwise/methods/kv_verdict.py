@@ -12,6 +12,7 @@ from .kv_space import Pairs, Space
 from .tried import paired
 
 FINALISTS = 8  # of the front, those of least loss, that are measured again
+SURE = 2.0  # standard errors that a choice must be better by: several get a try, and by one each would pass in a sixth of cases by chance
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def verdict_on(
 ) -> Verdict:
     """The choice of at most `cap` bits with the least loss on unseen data, if it beats every uniform pair of at most as many bits there.
 
-    By more than the standard error of the paired differences, from the best of them; else that one. fresh: pairs -> (rows,) of losses.
+    By more than two standard errors of the paired differences, from the best of them; else that one. fresh: pairs -> (rows,) of losses.
     """
     allowed = [one for one in tried if one.bits <= cap]
     finalists = sorted((one for one in front_of(allowed) if not one.uniform), key=lambda one: one.loss)[:FINALISTS]
@@ -90,7 +91,7 @@ def verdict_on(
     def said(one: TriedBits) -> str:
         return f"{means[one.pairs]:.4g} at {one.true:.3g} true bits ({one.nominal:.3g} nominal)"
 
-    if chosen is not best and gain > error:
+    if chosen is not best and gain > SURE * error:
         sentence = (
             f"{chosen.word}: {head} {said(chosen)}, beside {best.word}'s {said(best)}:"
             f" {gain:.3g} less, standard error {error:.2g}; {len(tried)} choices measured."
@@ -98,8 +99,8 @@ def verdict_on(
     else:
         nearest = "" if chosen is best else f"; the nearest was {chosen.word} ({means[chosen.pairs]:.4g})"
         sentence = (
-            f"{best.word} for all: {head} {said(best)}, and none of {len(tried)} choices is better beyond the"
-            f" standard error{nearest}."
+            f"{best.word} for all: {head} {said(best)}, and none of {len(tried)} choices is better beyond two"
+            f" standard errors{nearest}."
         )
         chosen = best
     unseen = [replace(one, unseen=means.get(one.pairs)) for one in tried]
