@@ -7,7 +7,6 @@ Every row is written to a file as soon as it is measured, and a search is kept w
 
 import argparse
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,16 +74,14 @@ def measured(subject: Subject, model: nn.Module, mode: str, pair: str, options: 
         bits=evaluated(model, windows, uniform)["bits"], mode=mode, trials=options.trials, judged=options.judged,
         seed=options.seed, **settings,
     )  # fmt: skip
-    started = time.perf_counter()
     search = tuner.search(model, calibration, storage=options.work / f"{subject.name}.search.json")
-    seconds = time.perf_counter() - started
     cache = lw.QuantizedKVCache.from_plan(search.plan, model.config, quantize_prefill=True)
     front = [[one.word, one.true, one.loss, one.unseen] for one in search.front]
     return {
         "uniform": evaluated(model, windows, uniform),
         "tuned": evaluated(model, windows, cache),
         "word": next(one.word for one in search.tried if one.pairs == cache.pairs),
-        "tried": len(search.tried), "seconds": seconds, "verdict": search.verdict, "front": front,
+        "tried": len(search.tried), "verdict": search.verdict, "front": front,
     }  # fmt: skip
 
 
@@ -112,24 +109,18 @@ def report(results: Lines, named: list[Subject], options: argparse.Namespace) ->
         f"Protocol: {options.trials} choices measured on {options.judged} tokens of the calibration text (KL from the full cache,"
         f" quantised prefill), the verdict on a quarter of {options.samples} windows of {options.length} that the search did not see,"
         f" seed {options.seed}; cap: the true bits of the uniform pair. KL in nats a token and perplexity: up to {options.tokens}"
-        " held-out tokens, every token attending to quantised keys and values. Seconds: the whole search, on a shared machine."
+        " held-out tokens, every token attending to quantised keys and values."
     )
     for subject in named:
         yield from ["", f"## {subject.name}", ""]
-        yield "| mode | uniform | true bits | KL | perplexity | tuned | true bits | KL | perplexity | full cache | seconds |"
-        yield "|---|---|---:|---:|---:|---|---:|---:|---:|---:|---:|"
+        yield "| mode | uniform | true bits | KL | perplexity | tuned | true bits | KL | perplexity | full cache |"
+        yield "|---|---|---:|---:|---:|---|---:|---:|---:|---:|"
         for mode in options.modes.split(","):
             for pair in options.pairs.split(","):
                 row = results[key_of(subject, mode, pair, options)]
                 a, b = row["uniform"], row["tuned"]
                 cells = [mode, pair, f"{a['bits']:.2f}", f"{a['kl']:.4g}", f"{a['perplexity']:.3f}", row["word"]]
-                cells += [
-                    f"{b['bits']:.2f}",
-                    f"{b['kl']:.4g}",
-                    f"{b['perplexity']:.3f}",
-                    f"{a['dense']:.3f}",
-                    f"{row['seconds']:.0f}",
-                ]
+                cells += [f"{b['bits']:.2f}", f"{b['kl']:.4g}", f"{b['perplexity']:.3f}", f"{a['dense']:.3f}"]
                 yield f"| {' | '.join(cells)} |"
 
 
