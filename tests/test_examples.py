@@ -105,3 +105,13 @@ def test_edit_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     gentle = {name for name, t in edited.layers.items() if t.prune and t.prune.sparsity == 0.3}
     assert gentle
     assert all(name.endswith(("down_proj", "v_proj")) for name in gentle)
+
+
+@needs_demo
+def test_kv_cache_bits(capsys: pytest.CaptureFixture[str]):
+    search = example("kv_cache_bits").main(bits=3.5, trials=14, length=64)
+    out = capsys.readouterr().out
+    assert search.verdict in out
+    assert "true bits   KL" in out
+    assert "def read_lines(path):" in out
+    assert len(search.plan.layers) == 8

@@ -126,7 +126,8 @@ def planned(row, name, sparsity, structure=None):
 
 
 def test_every_method_has_its_row():
-    assert [row.method for row in ROWS] == list(METHODS)
+    sparse = [name for name, method in METHODS.items() if hasattr(method, "sparsity")]  # others have tests of their own
+    assert [row.method for row in ROWS] == sparse
     for name, method in METHODS.items():
         assert method.name == name
         assert method.summary

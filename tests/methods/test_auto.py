@@ -119,7 +119,7 @@ def test_candidates_are_controls_first_then_those_that_need_no_data_each_with_it
         "owl spread=0.08", "owl spread=0.04", "owl spread=0.16",
     ]  # fmt: skip
     everything = {name.split()[0] for name in candidates(Auto(sparsity=0.5))}
-    in_bits = {"uniform-bits", "lwq", "least-error"}  # they share out no sparsity
+    in_bits = {"uniform-bits", "lwq", "least-error", "kvtuner"}  # they share out no sparsity
     assert everything == set(methods.METHODS) - {"auto"} - in_bits
     with pytest.raises(ConfigError, match='"lwq" is no method to try'):
         Auto(sparsity=0.5, only="lwq")

@@ -1,6 +1,8 @@
 """How a budget is shared out: numbers in, numbers out. No models, no tensors."""
 
 from .bounds import Bound, check_feasible
+from .cache_bits import mean_bits, stored_bits
+from .cluster import clusters, dbscan
 from .erdos_renyi import erdos_renyi
 from .even import uniform, uniform_plus
 from .exact import exact_counts, sparsities_of
@@ -8,6 +10,7 @@ from .fill import water_fill
 from .least_error import Choice, Errors, hull_levels, least_error_levels
 from .levels import Costs, average, by_score, check_levels, levels_in_order, merged
 from .linear import linear_factors, linear_map
+from .pareto import Sum, additive_front, pareto_front
 from .proportional import proportional
 
 __all__ = [
@@ -15,10 +18,14 @@ __all__ = [
     "Choice",
     "Costs",
     "Errors",
+    "Sum",
+    "additive_front",
     "average",
     "by_score",
     "check_feasible",
     "check_levels",
+    "clusters",
+    "dbscan",
     "erdos_renyi",
     "exact_counts",
     "hull_levels",
@@ -26,9 +33,12 @@ __all__ = [
     "levels_in_order",
     "linear_factors",
     "linear_map",
+    "mean_bits",
     "merged",
+    "pareto_front",
     "proportional",
     "sparsities_of",
+    "stored_bits",
     "uniform",
     "uniform_plus",
     "water_fill",

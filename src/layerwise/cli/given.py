@@ -17,6 +17,7 @@ SHARING = (
     "min_sparsity",
     "max_sparsity",
     "minutes",
+    "storage",
 )  # what makes a plan
 
 

@@ -76,17 +76,31 @@ Bits = Annotated[
     _option(
         HOW,
         "B",
-        "Bits per weight on average, scales and zeros counted, e.g. 3.25; of uniform-bits the level.  [dim]default: the method's own[/]",
+        "Bits per weight on average, scales and zeros counted, e.g. 3.25; of uniform-bits the level; of kvtuner the most bits of a cached"
+        " number.  [dim]default: the method's own[/]",
     ),
 ]
 Levels = Annotated[
-    str | None, _option(HOW, "A,B,…", "Bits that a layer can get, e.g. 2,4.  [dim]default: the method's own[/]")
+    str | None,
+    _option(
+        HOW, "A,B,…", "Bits that a layer, or keys and values, can get, e.g. 2,4.  [dim]default: the method's own[/]"
+    ),
 ]
 MinSparsity = Annotated[float | None, _option(HOW, "S", "No layer below this.")]
 MaxSparsity = Annotated[float | None, _option(HOW, "S", "No layer above this.")]
 Minutes = Annotated[
     float | None,
-    _option(HOW, "M", "With --method auto: try no further plan after so many minutes.  [dim]default: all[/]"),
+    _option(
+        HOW, "M", "With --method auto or kvtuner: try nothing further after so many minutes.  [dim]default: all[/]"
+    ),
+]
+Storage = Annotated[
+    str | None,
+    _option(
+        HOW,
+        "WHERE",
+        "With --method kvtuner: a file or a database URL (sqlite:///…) that keeps the search, and that several of these commands share.",
+    ),
 ]
 Apply = Annotated[Path | None, _option(HOW, "FILE", "Apply this plan instead of making one.", "--plan")]
 Edit = Annotated[Path | None, _option(HOW, "PLAN", "Start from this plan instead of a method.")]

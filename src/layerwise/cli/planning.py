@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..engine import Settings
-    from ..methods import Search
+    from ..methods import KVSearch, Search
     from ..plan import Plan
     from ..solvers import Solver
     from ..structure import Structure
@@ -30,26 +30,31 @@ def make_plan(
     solver: "Solver | None" = None,
     settings: "Settings | None" = None,
     record: Path | None = None,
-) -> "tuple[Plan, Search | None]":
+    storage: str | None = None,
+) -> "tuple[Plan, Search | KVSearch | None]":
     """Scores, allocation, plan; checked against the model, its notes said, and what was tried where that was a search.
 
     solver, settings: of the run that will follow. record: where a search writes what it has tried, so that it goes on after a kill;
-    whoever saves what came of it removes it. Raises BudgetError, ScoreError, PlanError.
+    whoever saves what came of it removes it. storage: of a search for bits, instead. Raises BudgetError, ScoreError, PlanError.
     """
-    from ..methods import Auto
+    from ..methods import Auto, KVTuner
     from ..scores import alphas_kept, watched
 
-    search: Search | None = None
+    search: Search | KVSearch | None = None
     with screen.task(f"Planning with {name_of(method)}") as step, alphas_kept(alphas_folder()):
         if isinstance(method, Auto):
             search = method.search(
                 model, data, structure=structure, solver=solver, settings=settings, record=record, progress=step
             )
             plan = search.plan
+        elif isinstance(method, KVTuner):
+            with watched(step):
+                search = method.search(model, data, structure=structure, storage=storage or record)
+            plan = search.plan
         else:
             with watched(step):
                 plan = method.plan(model, data, structure=structure)
-    if search is not None:
+    if isinstance(method, Auto) and search is not None:
         _show_search(search, screen)
     show_notes(plan.notes, screen)
     plan = with_facts(plan, choice, structure, solver)
@@ -67,12 +72,12 @@ def record_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.search.json")
 
 
-def tried_of(search: "Search | None") -> dict[str, Any]:
+def tried_of(search: "Search | KVSearch | None") -> dict[str, Any]:
     """What a search tried, as a part of a command's JSON."""
     return {} if search is None else {"tried": [asdict(one) for one in search.tried]}
 
 
-def _show_search(search: "Search", screen: Screen) -> None:
+def _show_search(search: Any, screen: Screen) -> None:
     """Nearest to the dense model first, then what could not be tried."""
     rows = table("plan", "divergence", "on unseen data", "seconds", "")
     known = sorted((one for one in search.tried if one.divergence is not None), key=lambda one: one.divergence or 0.0)

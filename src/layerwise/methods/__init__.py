@@ -10,6 +10,8 @@ from .ecoflap import ECoFLaP
 from .erdos_renyi import ER, ERK, ERKPlus
 from .farms import FARMS
 from .grasp import GraSP, GraSPRatio
+from .kv_verdict import KVSearch
+from .kvtuner import KVTuner
 from .least_error import LeastError
 from .lwq import LWQ
 from .owl import OWL
@@ -35,6 +37,8 @@ __all__ = [
     "ERKPlus",
     "GraSP",
     "GraSPRatio",
+    "KVSearch",
+    "KVTuner",
     "LeastError",
     "Method",
     "RandomRatios",
@@ -67,6 +71,7 @@ METHODS: dict[str, type[Method]] = {
     "uniform-bits": UniformBits,
     "lwq": LWQ,
     "least-error": LeastError,
+    "kvtuner": KVTuner,
 }
 
 

@@ -68,11 +68,8 @@ def named_plan(
     notes: Sequence[str] = (),
 ) -> Plan:
     """The plan with these treatments, the model's facts and what it achieves of the budget."""
-    name = str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
-    if Path(name).is_absolute() or Path(name).is_dir():  # a plan is for every machine: not where it lies on this one
-        name = Path(name).resolve().name
     plan = Plan(
-        model=ModelFacts(name=name, parameters=structure.parameters, fingerprint=structure.fingerprint),
+        model=facts_of(model, structure),
         method=method,
         budget=budget,
         layers=dict(treatments),
@@ -80,6 +77,14 @@ def named_plan(
         notes=tuple(notes),
     )
     return plan.with_achieved(structure.layers)
+
+
+def facts_of(model: nn.Module, structure: Structure) -> ModelFacts:
+    """What a plan says of the model it was made for."""
+    name = str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
+    if Path(name).is_absolute() or Path(name).is_dir():  # a plan is for every machine: not where it lies on this one
+        name = Path(name).resolve().name
+    return ModelFacts(name=name, parameters=structure.parameters, fingerprint=structure.fingerprint)
 
 
 def sizes_of(structure: Structure) -> dict[str, int]:

@@ -95,7 +95,7 @@ class Hunt:
 
     def _yardstick(self, batches: Sequence[Batch]) -> Yardstick:
         with undisturbed([self.model]):
-            return Yardstick(self.model, _enough(batches, self.judged))
+            return Yardstick(self.model, enough(batches, self.judged))
 
     def _held_against(self, plan: Plan, yardstick: Yardstick) -> Tensor:
         with self.trials.pruned(plan), undisturbed([self.model]):
@@ -136,7 +136,7 @@ def _sentence(
     )
 
 
-def _enough(batches: Sequence[Batch], rows: int) -> list[Batch]:
+def enough(batches: Sequence[Batch], rows: int) -> list[Batch]:
     """The first batches that hold so many tokens (samples, where there are no tokens), or all of them."""
     chosen, held = list[Batch](), 0
     for batch in batches:

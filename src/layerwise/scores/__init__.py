@@ -10,6 +10,7 @@ from ..structure import Structure, groups_of
 from ..tasks.batches import Batch, Batches
 from .alpha_cache import alphas_folder, alphas_kept
 from .alpha_hill import LayerTail, Look, alpha_hill, layer_tail, layer_tails
+from .attention_error import AttentionError, Pair, all_pairs, attention_errors, decoder_config
 from .block_influence import block_influence, mean_turn
 from .first_order import first_order_gradient, gradient_mass
 from .gradients import gradients, hessian_products, layer_means
@@ -72,17 +73,22 @@ __all__ = [
     "LOW_KEEPS",
     "SCORES",
     "WITHOUT_DATA",
+    "AttentionError",
     "Fit",
     "LayerTail",
     "Look",
+    "Pair",
     "TailFit",
     "Windows",
+    "all_pairs",
     "alpha_hill",
     "alphas_folder",
     "alphas_kept",
+    "attention_errors",
     "block_influence",
     "central_slope",
     "connection_sensitivity",
+    "decoder_config",
     "first_order_gradient",
     "fit_tail",
     "gradient_flow",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ...engine import Result, Settings, Work
     from ...io import Saved, Target
-    from ...methods import Search
+    from ...methods import KVSearch, Search
     from ...plan import Plan
     from ...solvers import Solver
     from ...tasks import Batches
@@ -73,7 +73,7 @@ def compress(
     """
     from ...engine import Ranks, Settings, Work
     from ...io import check_output, check_plan, linears_of, need_compressed_tensors, target_of
-    from ...methods import Auto
+    from ...methods import Auto, KVTuner
     from ...passes import spilling
     from ...plan import Plan
 
@@ -117,7 +117,9 @@ def compress(
             search = None
             if given is None:
                 made: dict[str, Any] = {}
-                if ranks.rank == 0 or not isinstance(built, Auto):  # a search is for one process, and takes its time
+                if ranks.rank == 0 or not isinstance(
+                    built, (Auto, KVTuner)
+                ):  # a search is for one process, and takes its time
                     own, search = make_plan(
                         built, choice, loaded, structure, drawn, screen, chosen, settings, record_of(output)
                     )
@@ -199,7 +201,7 @@ def _with_solver(plan: "Plan", solver: "Solver") -> "Plan":
     return plan.model_copy(update={"solver": {"name": solver.name, **asdict(solver)}})  # type: ignore[call-overload]
 
 
-def _show(job: _Job, result: "Result", saved: "Saved", search: "Search | None", screen: Screen) -> None:
+def _show(job: _Job, result: "Result", saved: "Saved", search: "Search | KVSearch | None", screen: Screen) -> None:
     show_notes(result.notes, screen)
     seconds = result.seconds
     rows = table("", "", left=2)

@@ -4,6 +4,7 @@ import typer
 from rich.markup import escape
 
 from .. import options
+from ..cache_tables import show_cache, show_front
 from ..given import CALIBRATION, SHARING, refuse
 from ..inputs import DataChoice, ModelChoice
 from ..plan_tables import show_plan
@@ -28,6 +29,7 @@ def plan(
     min_sparsity: options.MinSparsity = None,
     max_sparsity: options.MaxSparsity = None,
     minutes: options.Minutes = None,
+    storage: options.Storage = None,
     edit: options.Edit = None,
     rebalance: options.Rebalance = False,
     keep: options.Keep = None,
@@ -49,9 +51,11 @@ def plan(
     [dim]Example:[/]  layerwise plan demo --method erk --sparsity 0.6 -o plan.yaml
     [dim]Bits:[/]     layerwise plan demo --method lwq --bits 3.25 --levels 2,4 -o plan.yaml
     [dim]Whatever is best for one solver:[/]  layerwise plan demo --method auto --set solver=sparsegpt --minutes 5 -o plan.yaml
+    [dim]Bits of the KV cache:[/]  layerwise plan demo --method kvtuner --bits 4 --minutes 5 -o plan.yaml
     [dim]After edits by hand:[/]  layerwise plan demo --edit plan.yaml --rebalance --keep '*.down_proj' -o plan2.yaml
     """
     from ...errors import OutputError
+    from ...methods import KVSearch
     from ...plan import Plan
 
     screen = Screen(json=json, quiet=quiet)
@@ -87,6 +91,10 @@ def plan(
         made = made.with_achieved(structure.layers)
     else:
         built = chosen.build(seed=seed)
+        if built.name == "kvtuner":
+            refuse(context, "since method kvtuner decides for attentions, not for weights", "include", "exclude")
+        else:
+            refuse(context, f"since method {built.name} searches in no storage", "storage")
         drawn = None
         if not built.needs_data:
             refuse(context, f"since method {built.name} looks at weights alone", *CALIBRATION)
@@ -97,13 +105,23 @@ def plan(
         loaded = choice.load(screen)
         structure = choice.structure(loaded)
         record = None if output is None else record_of(output)
-        made, search = make_plan(built, choice, loaded, structure, drawn, screen, record=record)
+        made, search = make_plan(built, choice, loaded, structure, drawn, screen, record=record, storage=storage)
     if output is not None:
         made.save(output, force=force)
         record_of(output).unlink(missing_ok=True)
-    show_plan(made, structure, screen)
+    cached = any(entry.cache for entry in made.layers.values())
+    if isinstance(search, KVSearch):
+        show_front(search, screen)
+    if cached:
+        show_cache(made, screen)
+    if not cached or made.zeros(structure.layers) or any(entry.quantize for entry in made.layers.values()):
+        show_plan(made, structure, screen)
     if edit is not None:
         show_notes(made.notes, screen)
-    if output is not None:
+    if output is not None and cached:
+        screen.show(
+            escape(f"\nWritten to {output}. Measure it: layerwise evaluate {model} --plan {output} --data TEXT")
+        )
+    elif output is not None:
         screen.show(escape(f"\nWritten to {output}. Apply it: layerwise compress {model} --plan {output} -o OUT"))
     screen.show_json({"output": None if output is None else str(output), "plan": made.to_dict(), **tried_of(search)})
