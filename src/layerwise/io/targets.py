@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from ..errors import ConfigError, PlanError
 from ..plan import Plan
-from ..structure.fused import fused_of
+from ..structure import fused_of
 from .pack_quantized import Scheme
 
 Target = Literal["transformers", "vllm"]

@@ -9,7 +9,7 @@ from torch import nn
 from ..allocate import Costs, check_levels, merged
 from ..errors import ConfigError, ModelError, ShapeError
 from ..plan import Budget, Plan, Quantize
-from ..structure import Layer, Structure
+from ..structure import Layer, Structure, fused_of
 from .assemble import found, named_plan
 from .base import Method
 
@@ -19,8 +19,6 @@ Indivisible = Literal["smaller", "row", "error"]
 
 VLLM_LEVELS = (2, 4, 8)
 LEAST_GROUP = 32  # smaller ones cost half a bit a weight and more, and no engine runs them
-# vLLM runs these as one matrix, which has one scheme: by role, inside one module
-_FUSED = (("q", "k", "v"), ("gate", "up"))
 
 
 @dataclass(frozen=True)
@@ -148,22 +146,16 @@ def dealt(method: Method, settings: BitSettings, model: nn.Module, structure: St
 
 def _units(structure: Structure, layers: Sequence[Layer], settings: BitSettings) -> dict[str, tuple[Layer, ...]]:
     """Name -> the layers that share one level, in the order of the structure. A unit has the name of its block, or of its first layer."""
+    fused = fused_of(layer.name for layer in layers) if settings.target == "vllm" else ()
+    first_of = {name: members[0] for members in fused for name in members}
     tied: dict[str, list[Layer]] = {}
     for layer in layers:
         if settings.granularity == "block" and layer.block is not None:
             tied.setdefault(layer.block, []).append(layer)
         else:
-            tied.setdefault(_fused_with(layer) if settings.target == "vllm" else layer.name, []).append(layer)
+            tied.setdefault(first_of.get(layer.name, layer.name), []).append(layer)
     blocks = {block.name for block in structure.blocks}
     return {(key if key in blocks else inside[0].name): tuple(inside) for key, inside in tied.items()}
-
-
-def _fused_with(layer: Layer) -> str:
-    """A name that is the same for layers that vLLM runs as one."""
-    if layer.kind == "experts" or ".experts." in layer.name:  # one scheme for all of a block
-        return f"{layer.block}:experts"
-    roles = next((roles for roles in _FUSED if layer.role in roles), None)
-    return f"{layer.name.rpartition('.')[0]}:{roles[0]}" if roles else layer.name
 
 
 def _treatment(settings: BitSettings, layer: Layer, level: int) -> Quantize:

@@ -9,10 +9,10 @@ from ..allocate import pareto_front
 from ..plan import Plan
 from .kv_layers import Layers
 from .kv_space import Pairs, Space
+from .search import SURE
 from .tried import paired
 
 FINALISTS = 8  # of the front, those of least loss, that are measured again
-SURE = 2.0  # standard errors that a choice must be better by: several get a try, and by one each would pass in a sixth of cases by chance
 
 
 @dataclass(frozen=True)

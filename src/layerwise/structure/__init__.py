@@ -1,6 +1,7 @@
 """What a model is made of: stacks of blocks, layers with roles and sizes, and one view of every weight as matrices."""
 
 from .find import structure_of
+from .fused import fused_of
 from .groups import Granularity, groups_of, towers_of
 from .parts import Block, Kind, Layer, Stack, Structure
 from .views import as_matrices, from_matrices, in_order, module_of, parameter_of
@@ -14,6 +15,7 @@ __all__ = [
     "Structure",
     "as_matrices",
     "from_matrices",
+    "fused_of",
     "groups_of",
     "in_order",
     "module_of",

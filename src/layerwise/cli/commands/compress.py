@@ -117,12 +117,10 @@ def compress(
             search = None
             if given is None:
                 made: dict[str, Any] = {}
-                if ranks.rank == 0 or not isinstance(
-                    built, (Auto, KVTuner)
-                ):  # a search is for one process, and takes its time
-                    own, search = make_plan(
-                        built, choice, loaded, structure, drawn, screen, chosen, settings, record_of(output)
-                    )
+                # a search is for one process, and takes its time
+                if ranks.rank == 0 or not isinstance(built, (Auto, KVTuner)):
+                    record = record_of(output)
+                    own, search = make_plan(built, choice, loaded, structure, drawn, screen, chosen, settings, record)
                     made = own.to_dict()
                 final = Plan.model_validate(ranks.share_object(made, 0))  # the last bit of a score may differ
             else:
@@ -173,7 +171,6 @@ class _Job:
         from ...errors import ModelError
         from ...io import load_tokenizer, save, save_whole_streamed
 
-        codes = getattr(result, "codes", None)
         measured = {"sparsity": result.sparsity, "seconds": result.seconds, "calibration": result.data}
         if result.codes:
             measured |= {"bits": result.bits, "nominal_bits": result.nominal_bits, "model_bits": result.model_bits}
@@ -183,7 +180,7 @@ class _Job:
                 "result": measured,
                 "force": force,
                 "dense": self.choice.folder,
-                "codes": codes,
+                "codes": result.codes,
                 "target": self.target,
             }
             if self.stream:
