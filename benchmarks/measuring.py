@@ -28,7 +28,7 @@ class Job:
     """What one run does; goes to the process as JSON.
 
     model: a folder of weights. ids: a safetensors file with `input_ids` (samples, length). method: "wanda", "sparsegpt", optionally
-    with a pattern, "sparsegpt-2:4". weights: where the pruned tensors are written.
+    with a pattern, "sparsegpt-2:4"; or "gptq-4g64", bits and group. weights: where the new tensors are written.
     """
 
     model: str
@@ -47,6 +47,12 @@ class Job:
     @property
     def pattern(self) -> str | None:
         return self.method.partition("-")[2] or None
+
+    @property
+    def bits(self) -> tuple[int, int] | None:
+        """(bits, group) of a quantizing method."""
+        bits, _, group = (self.pattern or "").partition("g")
+        return (int(bits), int(group)) if group else None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -114,8 +120,13 @@ def memory(field: str) -> int:
 
 
 def write_weights(model: nn.Module, path: Path) -> None:
-    """Every parameter under its name, tied ones once."""
-    tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    """Every parameter under its name, tied ones once; what a quantizer keeps beside a weight (scales, zeros) is left out."""
+    beside = ("_scale", "_zero_point", "_g_idx")
+    tensors = {
+        name: parameter.detach().contiguous()
+        for name, parameter in model.named_parameters()
+        if not name.endswith(beside)
+    }
     save_file(tensors, path)
 
 

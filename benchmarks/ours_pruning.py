@@ -1,4 +1,4 @@
-"""layerwise's side of `peers_pruning.py`, through its public API."""
+"""layerwise's side of `peers_pruning.py` and `peers_gptq.py`, through its public API."""
 
 import importlib.metadata
 from pathlib import Path
@@ -10,8 +10,14 @@ import layerwise as lw
 from measuring import Job, run
 
 # named here, so that importing their rooms on first use is not timed; the peer's side imports at the top too
-walk_through, Batches, Settings, Uniform = lw.compress, lw.Batches, lw.Settings, lw.methods.Uniform
-SOLVERS = {"magnitude": lw.solvers.Magnitude, "wanda": lw.solvers.Wanda, "sparsegpt": lw.solvers.SparseGPT}
+walk_through, Batches, Settings = lw.compress, lw.Batches, lw.Settings
+Uniform, UniformBits = lw.methods.Uniform, lw.methods.UniformBits
+SOLVERS = {
+    "magnitude": lw.solvers.Magnitude,
+    "wanda": lw.solvers.Wanda,
+    "sparsegpt": lw.solvers.SparseGPT,
+    "gptq": lw.solvers.GPTQ,
+}
 
 
 def load(folder: Path) -> nn.Module:
@@ -20,7 +26,10 @@ def load(folder: Path) -> nn.Module:
 
 def compress(model: nn.Module, batches: list[Tensor], job: Job) -> dict[str, Any]:
     data = Batches(tuple({"input_ids": ids} for ids in batches), {"source": Path(job.ids).name})
-    plan = Uniform(sparsity=job.sparsity, pattern=job.pattern or "unstructured").plan(model)
+    if job.bits:
+        plan = UniformBits(bits=job.bits[0], group=job.bits[1], symmetric=True).plan(model)
+    else:
+        plan = Uniform(sparsity=job.sparsity, pattern=job.pattern or "unstructured").plan(model)
     settings = Settings(propagate=job.propagate)
     result = walk_through(model, plan, solver=SOLVERS[job.solver](), data=data, settings=settings)
     return {"split": result.seconds, "notes": list(result.notes)}

@@ -1,4 +1,4 @@
-"""The peer's side of `peers_pruning.py`: llm-compressor in its own environment, nothing of layerwise.
+"""The peer's side of `peers_pruning.py` and `peers_gptq.py`: llm-compressor in its own environment, nothing of layerwise.
 
 Its default pipeline ("sequential") runs every block twice per batch, once for statistics and once with the new weights, as layerwise
 does. `ignore` must be a pattern: the plain name "lm_head" does not match there, and the head would be pruned too. Logs and bars are
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from loguru import logger
 from torch import Tensor, nn
@@ -35,9 +36,15 @@ class Peer:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def compress(self, model: nn.Module, batches: list[Tensor], job: Job) -> dict[str, Any]:
-        modifier = MODIFIERS[job.solver](
-            sparsity=job.sparsity, mask_structure=job.pattern or "0:0", ignore=["re:.*lm_head"]
-        )
+        if job.bits:
+            bits, group = job.bits
+            scheme = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
+            groups = {"group_0": {"targets": ["Linear"], "weights": scheme}}
+            modifier = GPTQModifier(config_groups=groups, ignore=["re:.*lm_head"], dampening_frac=0.01)
+        else:
+            modifier = MODIFIERS[job.solver](
+                sparsity=job.sparsity, mask_structure=job.pattern or "0:0", ignore=["re:.*lm_head"]
+            )
         # batch_size None: every item is a batch already, and they come in order
         loader = DataLoader([{"input_ids": ids} for ids in batches], batch_size=None)
         oneshot(

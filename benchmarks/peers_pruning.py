@@ -39,8 +39,19 @@ class Side:
     propagate: str = "compressed"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+@dataclass(frozen=True)
+class Comparison:
+    """What is done to the model, in words, and what of it is asked for by default."""
+
+    title: str = "Pruning beside llm-compressor"
+    what: str = "sparsity 50 % of the matrices in the blocks"
+    methods: str = "wanda,sparsegpt,sparsegpt-2:4"
+    sides: str = "llm-compressor,layerwise,layerwise dense"
+    out: str = "peers_pruning.md"
+
+
+def main(comparison: Comparison = Comparison(), about: str = __doc__) -> None:
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     add_arguments(parser, models="smollm2,demo")
     parser.add_argument(
         "--peer-python", type=Path, help="python of the peer's environment; without it, layerwise alone"
@@ -48,11 +59,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=1, help="samples in one forward pass, both sides")
-    parser.add_argument("--methods", default="wanda,sparsegpt,sparsegpt-2:4")
-    parser.add_argument("--sides", default="llm-compressor,layerwise,layerwise dense")
+    parser.add_argument("--methods", default=comparison.methods)
+    parser.add_argument("--sides", default=comparison.sides)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, default=HERE / "results/peers_pruning.md")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / comparison.out)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
@@ -63,7 +74,7 @@ def main() -> None:
             f"--sides {options.sides}: give some of {', '.join(side.name for side in all_sides(options.peer_python))}"
         )
     lines = Lines(options.work / "runs.jsonl")
-    report = Report(options)
+    report = Report(options, comparison)
     for subject in subjects(options):
         windows = subject.evaluation(*EVALUATED)
         dense = subject.load()
@@ -165,8 +176,8 @@ def judged(subject: Subject, windows: list[Any], weights: Path, before: int) -> 
 class Report:
     """The table, as text for people and JSON for programs."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+    def __init__(self, options: argparse.Namespace, comparison: Comparison) -> None:
+        self.options, self.comparison = options, comparison
         self.dense: dict[str, float] = {}
         self.runs: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
 
@@ -191,14 +202,14 @@ class Report:
         named = [f"{side}: {', '.join(f'{k} {v}' for k, v in found.items())}" for side, found in versions.items()]
         options = self.options
         return [
-            "# Pruning beside llm-compressor",
+            f"# {self.comparison.title}",
             "",
             f"Machine: {machine()}; {options.threads} threads a process, one process at a time.",
             *(f"Versions, {line}." for line in named),
             f"Evaluated with transformers {importlib.metadata.version('transformers')}.",
             "",
             f"Protocol: float32; {options.samples} x {options.length} calibration tokens in batches of {options.batch}, the same"
-            f" ids for every side; sparsity 50 % of the matrices in the blocks; {options.repeats} runs taking turns, each on windows of"
+            f" ids for every side; {self.comparison.what}; {options.repeats} runs taking turns, each on windows of"
             f" its own: median times, mean perplexities; on the first {EVALUATED[0]} held-out tokens in windows of {EVALUATED[1]},"
             " by one evaluator.",
             "Calibration and held-out text: C4 (its windows in order) and WikiText-2 for smollm2, python-docs and its held-out"

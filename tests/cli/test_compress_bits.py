@@ -5,6 +5,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 
+import layerwise as lw
 from layerwise.cli import main
 from layerwise.plan import Plan, Prune, Quantize, Treatments
 from layerwise.structure import structure_of
@@ -42,7 +43,7 @@ def test_a_plan_of_bits_is_carried_out_by_gptq_and_the_table_says_true_bits(here
     )
     assert "pruned" not in out
     assert "gptq" in out
-    before, after = weights(here / "model"), weights(here / "out")
+    before, after = (lw.load(here / name).state_dict() for name in ("model", "out"))
     changed = {name for name in before if not before[name].equal(after[name])}
     assert changed == {f"{name}.weight" for name in plan.layers}
     saved = Plan.load(here / "out" / "plan.yaml")
