@@ -126,8 +126,9 @@ def planned(row, name, sparsity, structure=None):
 
 
 def test_every_method_has_its_row():
-    sparse = [name for name, method in METHODS.items() if hasattr(method, "sparsity")]  # others have tests of their own
-    assert [row.method for row in ROWS] == sparse
+    assert [row.method for row in ROWS] == [
+        name for name in METHODS if name != "kvtuner"
+    ]  # that one decides for caches
     for name, method in METHODS.items():
         assert method.name == name
         assert method.summary

@@ -95,7 +95,9 @@ def test_worked_by_hand():
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("group", [16, 24, None])
-@pytest.mark.parametrize("solver", [GPTQ(), GPTQ(mse=True, block=40), GPTQ(act_order=True)], ids=str)
+@pytest.mark.parametrize(
+    "solver", [GPTQ(act_order=False), GPTQ(act_order=False, mse=True, block=40), GPTQ(act_order=True)], ids=str
+)
 def test_of_unrelated_inputs_it_is_round_to_nearest(solver, bits, symmetric, group):
     weight, _ = drawn(bits, 7, 48)
     gram = torch.diag(torch.rand(48, generator=torch.Generator().manual_seed(1)) + 0.1)
@@ -111,7 +113,7 @@ def test_of_unrelated_inputs_it_is_round_to_nearest(solver, bits, symmetric, gro
 @pytest.mark.parametrize("block", [128, 7])
 def test_codes_are_those_of_the_explicit_inverse_with_groups_as_they_are(block, symmetric, group):
     weight, gram = drawn(group or 0, 7, 240)
-    solved = solve(GPTQ(block=block), weight, gram, Quantize(bits=3, group=group, symmetric=symmetric))
+    solved = solve(GPTQ(act_order=False, block=block), weight, gram, Quantize(bits=3, group=group, symmetric=symmetric))
     expected = by_explicit_inverse(weight, gram, Grid(3, symmetric), group or 240)
     # a weight that lies between two codes may go either way, and what follows with it
     assert (solved.weight - expected).abs().gt(1e-6).any(1).sum() <= 1
@@ -120,7 +122,9 @@ def test_codes_are_those_of_the_explicit_inverse_with_groups_as_they_are(block, 
 
 def test_the_size_of_blocks_changes_nothing():
     weight, gram = drawn(3, 24, 192)
-    one, *others = (solve(GPTQ(block=block), weight, gram, FOUR).codes for block in (128, 1, 16, 48, 500))
+    one, *others = (
+        solve(GPTQ(act_order=False, block=block), weight, gram, FOUR).codes for block in (128, 1, 16, 48, 500)
+    )
     for other in others:
         assert (one.values != other.values).any(1).sum() <= 1
         torch.testing.assert_close(one.scale, other.scale, rtol=1e-2, atol=0)
@@ -150,7 +154,7 @@ def test_act_order_is_the_sweep_in_another_order_with_groups_of_consecutive_inpu
 def test_outputs_are_nearer_than_those_of_round_to_nearest_and_the_error_is_theirs(bits):
     weight, gram = drawn(5, 30, 96)
     way = Quantize(bits=bits, group=32)
-    solved, nearest = solve(GPTQ(), weight, gram, way), solve(RoundToNearest(), weight, gram, way)
+    solved, nearest = solve(GPTQ(act_order=False), weight, gram, way), solve(RoundToNearest(), weight, gram, way)
     assert solved.error < 0.8 * nearest.error
     change = (weight - solved.weight).double()
     assert solved.error == pytest.approx(float(((change @ gram.double()) * change).sum()), rel=1e-2)
@@ -162,7 +166,7 @@ def test_outputs_are_nearer_than_those_of_round_to_nearest_and_the_error_is_thei
 def test_zeros_and_codes_in_one_sweep(symmetric, group, prune):
     weight, gram = drawn(6, 9, 96)
     way = Treatments(prune=prune, quantize=Quantize(bits=4, group=group, symmetric=symmetric))
-    solved = solve(GPTQ(block=48), weight, gram, way)
+    solved = solve(GPTQ(act_order=False, block=48), weight, gram, way)
     assert (~solved.keep).sum() == round(prune.sparsity * weight.numel())
     assert not solved.weight[~solved.keep].any()
     assert torch.equal(solved.weight, solved.codes.weight())
@@ -183,13 +187,13 @@ def test_zeros_and_codes_in_one_sweep(symmetric, group, prune):
 @pytest.mark.parametrize("prune", [HALF, TWO_FOUR, Prune(sparsity=0)], ids=str)
 def test_what_is_only_pruned_is_sparsegpts_to_the_bit(prune):
     weight, gram = drawn(7, 9, 96)
-    solved, other = solve(GPTQ(), weight, gram, prune), solve(SparseGPT(), weight, gram, prune)
+    solved, other = solve(GPTQ(act_order=False), weight, gram, prune), solve(SparseGPT(), weight, gram, prune)
     assert torch.equal(solved.weight, other.weight)
     assert solved.codes is None
     assert solved.error == other.error
 
 
-@pytest.mark.parametrize("solver", [GPTQ(block=32), GPTQ(act_order=True)], ids=str)
+@pytest.mark.parametrize("solver", [GPTQ(act_order=False, block=32), GPTQ(act_order=True)], ids=str)
 def test_matrices_solved_together_equal_those_solved_alone(solver):
     _, gram = drawn(8, 1, 96)
     ways = [
@@ -220,12 +224,12 @@ def test_dead_inputs_are_rounded_to_the_nearest_and_change_nothing_else():
     dead = [3, 17, 40]
     gram[dead], gram[:, dead] = 0.0, 0.0
     way = Quantize(bits=4, group=None, symmetric=True)
-    solved = solve(GPTQ(), weight, gram, way)
+    solved = solve(GPTQ(act_order=False), weight, gram, way)
     assert torch.equal(solved.weight[:, dead], solve(RoundToNearest(), weight, gram, way).weight[:, dead])
     live = [column for column in range(64) if column not in dead]
     fixed = weight.clone()
     fixed[:, dead] = 0.0
-    assert solved.error == pytest.approx(solve(GPTQ(), fixed, gram, way).error, rel=0.2)
+    assert solved.error == pytest.approx(solve(GPTQ(act_order=False), fixed, gram, way).error, rel=0.2)
     assert not torch.equal(solved.weight[:, live], weight[:, live])
 
 
@@ -240,7 +244,7 @@ def test_dead_inputs_are_rounded_to_the_nearest_and_change_nothing_else():
 def test_without_tokens_weights_are_treated_by_themselves_with_a_note(way, done):
     weight, _ = drawn(10, 6, 32)
     unseen = InputStatistics(0, torch.zeros(32), torch.zeros(32, 32))
-    (solved,) = GPTQ().solve([weight], unseen, [way], [torch.Generator()])
+    (solved,) = GPTQ(act_order=False).solve([weight], unseen, [way], [torch.Generator()])
     assert solved.notes == (f"no calibration token reached it: {done}",)
     if isinstance(way, Quantize):
         (nearest,) = RoundToNearest().solve([weight], None, [way], [torch.Generator()])
@@ -253,13 +257,15 @@ def test_without_tokens_weights_are_treated_by_themselves_with_a_note(way, done)
 
 def test_bad_requests_are_refused():
     with pytest.raises(ConfigError, match="GPTQ needs calibration data"):
-        GPTQ().solve([W], None, [FOUR], [torch.Generator()])
+        GPTQ(act_order=False).solve([W], None, [FOUR], [torch.Generator()])
     with pytest.raises(ConfigError, match='collect statistics with needs="gram"'):
-        GPTQ().solve([W], InputStatistics(3, torch.ones(3)), [Quantize(bits=4, group=None)], [torch.Generator()])
+        GPTQ(act_order=False).solve(
+            [W], InputStatistics(3, torch.ones(3)), [Quantize(bits=4, group=None)], [torch.Generator()]
+        )
     with pytest.raises(ShapeError, match="3 inputs do not split into groups of 2"):
-        solve(GPTQ(), W, H, Quantize(bits=4, group=2))
+        solve(GPTQ(act_order=False), W, H, Quantize(bits=4, group=2))
     with pytest.raises(ConfigError, match=r'not in the pattern "row"'):
-        solve(GPTQ(), W, H, Prune(sparsity=0.5, pattern="row"))
+        solve(GPTQ(act_order=False), W, H, Prune(sparsity=0.5, pattern="row"))
     for bad in ({"damp": -1.0}, {"block": 0}, {"scales": "int8"}):
         with pytest.raises(ConfigError, match="GPTQ"):
-            GPTQ(**bad)
+            GPTQ(act_order=False, **bad)
