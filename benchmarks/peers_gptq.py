@@ -2,8 +2,8 @@
 
     python benchmarks/peers_gptq.py --bed FOLDER --peer-python PEER/bin/python --work /tmp/peers
 
-The protocol is that of `peers_pruning.py`. Both sides round to symmetric groups of 64 with a scale each, columns in their own order,
-damping 1 %, ranges not searched; what is judged are the weights that the codes stand for.
+The protocol is that of `peers_pruning.py`. Both sides round to symmetric groups of 64 with a scale each, damping 1 %, ranges
+not searched, the order of columns at each side's default; what is judged are the weights that the codes stand for.
 """
 
 from peers_pruning import Comparison, main
