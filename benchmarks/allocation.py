@@ -231,6 +231,8 @@ def draw(results: Lines, shown: dict[str, dict[str, Any]], options: argparse.Nam
 
 def mean_deviation(rows: list[dict[str, Any]]) -> str:
     """ "12.34 ± 0.56"; four significant digits, since perplexities span decades."""
+    if not rows:
+        return "not run"
     values = [row["perplexity"] for row in rows if "perplexity" in row]
     if len(values) < len(rows) or not values:
         return "failed"
