@@ -96,10 +96,14 @@ def with_facts(plan: "Plan", choice: ModelChoice, structure: "Structure", solver
         parameters=structure.parameters,
         fingerprint=structure.fingerprint,
     )
-    updates: dict[str, Any] = {"model": facts}
-    if solver is not None:
-        updates["solver"] = {"name": solver.name, **asdict(solver)}  # type: ignore[call-overload]
-    return plan.model_copy(update=updates).with_achieved(structure.layers)
+    plan = plan.model_copy(update={"model": facts})
+    plan = plan if solver is None else with_solver(plan, solver)
+    return plan.with_achieved(structure.layers)
+
+
+def with_solver(plan: "Plan", solver: "Solver") -> "Plan":
+    """The plan with this solver and its settings in the place of its own."""
+    return plan.model_copy(update={"solver": {"name": solver.name, **asdict(solver)}})  # type: ignore[call-overload]
 
 
 def alphas_folder() -> Path | None:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from .. import options
 from ..given import CALIBRATION, SHARING, refuse
 from ..inputs import DataChoice, ModelChoice, protocol_line
-from ..planning import make_plan, record_of, tried_of, with_facts
+from ..planning import make_plan, record_of, tried_of, with_facts, with_solver
 from ..running import bar_of, show_notes, work_folder
 from ..screen import Screen, table
 from ..settings import MethodChoice, device_of, propagate_of, solver_of
@@ -126,7 +126,7 @@ def compress(
             else:
                 show_notes(given.notes, screen)
                 final = given if given.model is not None else with_facts(given, choice, structure)
-                final = _with_solver(final, chosen)
+                final = with_solver(final, chosen)
             check_plan(final, linears_of(loaded), target)
             if not stream and any(one.quantize for one in final.layers.values()):
                 need_compressed_tensors()  # now, not after the work
@@ -190,12 +190,6 @@ class _Job:
             except ModelError:  # not every model has one
                 tokenizer = None
             return save(self.model, output, tokenizer=tokenizer, **more)
-
-
-def _with_solver(plan: "Plan", solver: "Solver") -> "Plan":
-    from dataclasses import asdict
-
-    return plan.model_copy(update={"solver": {"name": solver.name, **asdict(solver)}})  # type: ignore[call-overload]
 
 
 def _show(job: _Job, result: "Result", saved: "Saved", search: "Search | KVSearch | None", screen: Screen) -> None:
