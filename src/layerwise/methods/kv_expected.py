@@ -1,6 +1,6 @@
 """What a search should expect of choices that it has not measured: a sum of one effect for each group's pair, fitted to the others."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from fractions import Fraction
 from math import lcm
 
@@ -46,8 +46,8 @@ class Expected:
                 return None
         return [self.space.chosen(places) for places, _ in found]
 
-    def best(self, known: Mapping[Pairs, float]) -> Pairs | None:
-        """The unmeasured choice on the front of expected losses that is nearest to the cap; None where all of it is measured."""
+    def best(self, known: Mapping[Pairs, float], besides: Collection[Pairs] = ()) -> Pairs | None:
+        """The choice on the front of expected losses, neither known nor among `besides`, that is nearest to the cap; None: no such."""
         rows, losses = [], []
         for pairs, loss in known.items():
             places = self.space.places(pairs)
@@ -67,7 +67,7 @@ class Expected:
             for start, costs in zip(self.starts, self.costs, strict=False)
         ]
         for one in reversed([some for some in additive_front(parts) if some.cost <= self.left]):
-            if (pairs := self.space.chosen(one.choices)) not in known:
+            if (pairs := self.space.chosen(one.choices)) not in known and pairs not in besides:
                 return pairs
         return None
 

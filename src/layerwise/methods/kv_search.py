@@ -4,6 +4,7 @@ Departures from the official script: D1 the sampler is seeded, anew for each tri
 it drew before. D2 a choice above the cap is not measured, since its bits are known beforehand; NSGA-II is told how far above it is. D3
 no choice is measured twice; `trials` counts those measured. D4 where there are fewer choices than trials, all are measured.
 D5 every second trial is the choice that a sum of effects of the groups, fitted to what was measured, expects to be best (`kv_expected`).
+D6 what another worker is measuring is not measured too; one that takes ten times as long as any before it is taken for dead.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 _POPULATION = 24  # of a generation: a search of 200 trials has eight
 _STALE = 100  # suggestions without a new choice among them, after which there is nothing left to find
 _ABOVE = 1e9  # loss that is written for a choice above the cap; its excess alone decides
+_PATIENCE = 10  # a worker that takes so many times as long as the longest trial so far is dead
 _KNOWN = "loss "  # what a measured loss is called among the study's attributes, before the pairs
 
 
@@ -80,7 +83,9 @@ class _Hunt:
             self.measured(pairs)
         expected = Expected(self.space, self.bits, self.cap)
         every = expected.all_within(self.trials)
-        for pairs in first if every is None else every:
+        listed = first if every is None else every
+        # once more: what another worker was at the first time may have died with it
+        for pairs in [*listed, *listed]:
             known = self.known()
             if time.monotonic() >= self.end or (every is None and len(known) >= self.trials):
                 break
@@ -92,7 +97,7 @@ class _Hunt:
             if len(losses) >= self.trials:
                 break
             asked += 1
-            self.tried(expected.best(losses) if asked % 2 else None)
+            self.tried(expected.best(losses, self.at_work()) if asked % 2 else None)
             stale = 0 if len(self.known()) > len(losses) else stale + 1
         return {_pairs_of(name): value for name, value in self.known().items()}
 
@@ -111,8 +116,23 @@ class _Hunt:
             self.study.set_user_attr(f"{_KNOWN}{name}", known[name])
         return known[name]
 
+    def at_work(self, number: int | None = None) -> set[Pairs]:
+        """What other workers are measuring now, in trials before this number; those that a kill left behind are left out."""
+        from optuna.trial import TrialState
+
+        trials = self.study.get_trials(deepcopy=False)
+        took = [trial.duration.total_seconds() for trial in trials if trial.state.is_finished() and trial.duration]
+        now, found = datetime.now(), set()
+        for trial in trials if number is None else trials[:number]:
+            if trial.state != TrialState.RUNNING or len(trial.params) < len(self.space.options):
+                continue
+            age = (now - trial.datetime_start).total_seconds() if trial.datetime_start else 0.0
+            if not took or age <= _PATIENCE * max(took):
+                found.add(self.space.chosen([trial.params[f"group{i}"] for i in range(len(trial.params))]))
+        return found
+
     def tried(self, pairs: Pairs | None) -> None:
-        """One trial of the study: of these pairs, or of what NSGA-II suggests."""
+        """One trial of the study: of these pairs, or of what NSGA-II suggests; none where another worker is at it."""
         import optuna
 
         if pairs is not None:
@@ -129,6 +149,9 @@ class _Hunt:
             options = self.space.options
             places = {f"group{i}": trial.suggest_int(f"group{i}", 0, len(some) - 1) for i, some in enumerate(options)}
             suggested = self.space.chosen(list(places.values()))
+            if suggested in self.at_work(trial.number):
+                self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                return
             held = self.bits(suggested)
             trial.set_constraint("bits", held - self.cap)
             value = self.measured(suggested) if held <= self.cap else _ABOVE
