@@ -1,4 +1,4 @@
-"""How a sparsity budget should be spread: uniform, random, ERK and OWL under magnitude, Wanda and SparseGPT, judged by perplexity.
+"""How a sparsity budget should be spread: every allocation under magnitude, Wanda and SparseGPT, judged by perplexity.
 
     python benchmarks/allocation.py --bed FOLDER --work /tmp/allocation
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import layerwise as lw
-from bed import Subject, add_arguments, perplexity, subjects
+from bed import Subject, add_arguments, add_device, perplexity, subjects
 from layerwise.errors import LayerwiseError
 from lines import Lines
 from measuring import machine
@@ -31,7 +31,8 @@ from measuring import machine
 HERE = Path(__file__).parent
 BATCH = 4  # samples in one forward pass of calibration
 
-ALLOCATIONS = "uniform,random,erk,owl"  # names in layerwise.methods; any other there can be asked for
+# names in layerwise.methods, each with settings of its own after a colon
+ALLOCATIONS = "uniform,random,erk,owl,alpha-pruning,farms,ecoflap,ecoflap:order=first,snip"
 SOLVERS = {"magnitude": lw.solvers.Magnitude, "wanda": lw.solvers.Wanda, "sparsegpt": lw.solvers.SparseGPT}
 
 
@@ -49,6 +50,7 @@ class Cell:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser, models="stories260k,demo,smollm2")
+    add_device(parser)
     parser.add_argument("--sparsities", default="0.5,0.6,0.7")
     parser.add_argument("--allocations", default=ALLOCATIONS)
     parser.add_argument("--solvers", default=",".join(SOLVERS))
@@ -119,16 +121,18 @@ def cells(model: str, options: argparse.Namespace) -> Iterator[Cell]:
 
 def draws(allocation: str, solver: str) -> bool:
     """Whether the seed matters: calibration data is looked at, or something is drawn at random."""
-    method = lw.methods.METHODS[allocation]
+    method = lw.methods.METHODS[allocation.partition(":")[0]]
     seeded = any(field.name == "seed" for field in fields(method))
     return seeded or method.needs_data or SOLVERS[solver].needs != "none"
 
 
 def method_of(cell: Cell) -> lw.methods.Method:
     """The method at its defaults, but for the budget and, where it draws, the seed."""
-    names = {field.name for field in fields(lw.methods.METHODS[cell.allocation])}
+    name, _, given = cell.allocation.partition(":")
+    names = {field.name for field in fields(lw.methods.METHODS[name])}
+    own = dict(setting.split("=") for setting in given.split(":") if setting)
     seed = {"seed": cell.seed} if "seed" in names else {}
-    return lw.methods.method_from(cell.allocation, sparsity=cell.sparsity, **seed)
+    return lw.methods.method_from(name, sparsity=cell.sparsity, **seed, **own)
 
 
 def measured(
@@ -137,7 +141,7 @@ def measured(
     """Each cell from the dense weights anew. A method that cannot do what the cell asks is a row too."""
     if not missing:
         return
-    model = lw.load(subject.folder, dtype=options.dtype)
+    model = lw.load(subject.folder, dtype=options.dtype, device=options.device)
     dense = {name: value.clone() for name, value in model.state_dict().items()}
     windows = subject.evaluation(options.tokens, options.length)
 
@@ -173,7 +177,7 @@ def batches(ids: Tensor, seed: int) -> lw.Batches:
 def report(results: Lines, shown: dict[str, dict[str, Any]], options: argparse.Namespace) -> Iterator[str]:
     yield "# Allocation: where the zeros should go"
     yield ""
-    yield f"Machine: {machine()}; {options.threads} threads. layerwise {lw.__version__}, torch {torch.__version__}."
+    yield f"Machine: {machine(options.device)}; {options.threads} threads. layerwise {lw.__version__}, torch {torch.__version__}."
     yield (
         f"Protocol: {options.dtype}, losses in float32; {options.samples} x {options.length} calibration tokens drawn per seed,"
         f" {options.seeds} seeds; perplexity on up to {options.tokens} held-out tokens in windows of {options.length}, mean ±"

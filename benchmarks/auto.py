@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import layerwise as lw
-from bed import Subject, add_arguments, subjects
+from bed import Subject, add_arguments, add_device, subjects
 from lines import Lines
 from measuring import machine
 
@@ -33,6 +33,7 @@ SOLVERS = {"wanda": lw.solvers.Wanda, "sparsegpt": lw.solvers.SparseGPT}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser, models="stories260k,demo,smollm2")
+    add_device(parser)
     parser.add_argument("--sparsities", default="0.5,0.6,0.7")
     parser.add_argument("--solver", choices=SOLVERS, default="wanda")
     parser.add_argument("--only", default="", help="methods to try beside uniform and random (default: all)")
@@ -83,7 +84,7 @@ def keys(subject: Subject, options: argparse.Namespace) -> Iterator[dict[str, An
 
 def measured(subject: Subject, key: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """One search, and what its plan and uniform's cost on held-out text."""
-    model = lw.load(subject.folder, dtype=options.dtype)
+    model = lw.load(subject.folder, dtype=options.dtype, device=options.device)
     dense = {name: value.clone() for name, value in model.state_dict().items()}
     windows = subject.evaluation(options.tokens, options.length)
     ids = subject.calibration(options.samples, options.length, key["seed"])
@@ -126,8 +127,11 @@ def _dense_losses(model: nn.Module, dense: dict[str, Tensor], windows: list[Tens
 @torch.no_grad()
 def losses(model: nn.Module, windows: list[Tensor]) -> Tensor:
     """Mean loss of tokens 2..n of every window, in nats."""
-    said = (model(input_ids=window[None], use_cache=False).logits[0, :-1].float() for window in windows)
-    return torch.stack([cross_entropy(one, window[1:]) for one, window in zip(said, windows, strict=True)]).double()
+    device, found = next(model.parameters()).device, []
+    for window in (window.to(device) for window in windows):
+        said = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
+        found.append(cross_entropy(said, window[1:]).cpu())
+    return torch.stack(found).double()
 
 
 def _mean(values: Tensor, counts: Tensor) -> float:
@@ -143,7 +147,7 @@ def _error(values: Tensor, counts: Tensor) -> float:
 def report(results: Lines, wanted: list[dict[str, Any]], options: argparse.Namespace) -> Iterator[str]:
     yield "# Auto beside uniform, on text that the search never saw"
     yield ""
-    yield f"Machine: {machine()}; {options.threads} threads. layerwise {lw.__version__}, torch {torch.__version__}."
+    yield f"Machine: {machine(options.device)}; {options.threads} threads. layerwise {lw.__version__}, torch {torch.__version__}."
     yield (
         f"Protocol: {options.dtype}, losses in float32; solver {options.solver}; search and pruning on the same {options.samples} x"
         f" {options.length} calibration tokens, drawn per seed; measured on up to {options.tokens} held-out tokens in windows of"

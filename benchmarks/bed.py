@@ -91,6 +91,11 @@ def add_arguments(parser: argparse.ArgumentParser, models: str) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for decoded models and intermediate files")
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device, for the benchmarks whose results do not depend on it."""
+    parser.add_argument("--device", default="cpu", help="where the model is (default: %(default)s)")
+
+
 def subjects(options: argparse.Namespace) -> list[Subject]:
     """The models that were asked for, decoded where needed. Ends the program with one line when something is missing."""
     names = options.models.split(",")
@@ -145,7 +150,8 @@ def _decoded(stored: dict[str, Tensor]) -> dict[str, Tensor]:
 def perplexity(model: nn.Module, windows: list[Tensor]) -> float:
     """exp of the mean loss of tokens 2..n of every window, a window at a time. Plain torch, on purpose not layerwise's own."""
     total, count = 0.0, 0
-    for window in windows:
+    device = next(model.parameters()).device
+    for window in (window.to(device) for window in windows):
         logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
         total += cross_entropy(logits, window[1:], reduction="sum").item()
         count += len(window) - 1

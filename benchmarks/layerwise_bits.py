@@ -24,7 +24,7 @@ from torch import nn
 
 import layerwise as lw
 from allocation import batches, mean_deviation, protocol_of
-from bed import Subject, add_arguments, perplexity, subjects
+from bed import Subject, add_arguments, add_device, perplexity, subjects
 from layerwise.errors import LayerwiseError
 from layerwise.methods.handing_out import dealt
 from layerwise.solvers import solver_from
@@ -70,6 +70,7 @@ class Cell:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser, models="stories260k,demo,smollm2")
+    add_device(parser)
     parser.add_argument("--solvers", default="round_to_nearest,hqq,gptq")
     parser.add_argument("--high", type=int, default=4)
     parser.add_argument("--group", type=int, default=64)
@@ -124,7 +125,7 @@ class Bench:
 
     @cache  # noqa: B019  (let_go empties it)
     def _model(self) -> nn.Module:
-        return lw.load(self.subject.folder, dtype=self.options.dtype)
+        return lw.load(self.subject.folder, dtype=self.options.dtype, device=self.options.device)
 
     @cache  # noqa: B019
     def _dense(self) -> dict[str, torch.Tensor]:
@@ -225,7 +226,7 @@ class Bench:
 def report(results: Lines, shown: dict[str, Bench], options: argparse.Namespace) -> Iterator[str]:
     yield "# Bits by layer: whose weights can do with 2"
     yield ""
-    yield f"Machine: {machine()}; {options.threads} threads. layerwise {lw.__version__}, torch {torch.__version__}."
+    yield f"Machine: {machine(options.device)}; {options.threads} threads. layerwise {lw.__version__}, torch {torch.__version__}."
     yield (
         f"Protocol: {options.dtype}, losses in float32; {options.samples} x {options.length} calibration tokens, seed 0; perplexity on"
         f" up to {options.tokens} held-out tokens in windows of {options.length}; `random` is the mean ± standard deviation of"

@@ -130,12 +130,13 @@ def write_weights(model: nn.Module, path: Path) -> None:
     save_file(tensors, path)
 
 
-def machine() -> str:
-    """The processor, its cores and the system's memory, in one line."""
+def machine(device: str = "cpu") -> str:
+    """The processor, its cores and the system's memory, in one line; an accelerator first, where the work is on one."""
     cpu = Path("/proc/cpuinfo")
     information = cpu.read_text().splitlines() if cpu.exists() else [f"model name: {platform.processor()}"]
     model = next((line.partition(":")[2].strip() for line in information if line.startswith("model name")), "unknown")
     flags = next((line for line in information if line.startswith("flags")), "").split()
     widest = next((name for name in ("avx512f", "avx2", "avx") if name in flags), platform.machine())
     memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{model} ({widest}), {os.cpu_count()} cores, {memory_gb:.0f} GiB, {platform.system()}"
+    accelerator = f"{torch.cuda.get_device_name(device)}; " if device.startswith("cuda") else ""
+    return f"{accelerator}{model} ({widest}), {os.cpu_count()} cores, {memory_gb:.0f} GiB, {platform.system()}"

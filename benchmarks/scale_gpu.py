@@ -1,4 +1,4 @@
-"""A Llama-2-7B-shaped model pruned on one accelerator: seconds, where they go, peak memory, and what 2:4 buys in one layer.
+"""A Llama-2-7B-shaped model pruned and quantized on one accelerator: seconds, where they go, peak memory, what 2:4 buys in one layer.
 
     python benchmarks/scale_gpu.py --out benchmarks/results/scale_gpu.md
     python benchmarks/scale_gpu.py --toy            # the same code on a toy, on any machine
@@ -24,8 +24,8 @@ import layerwise as lw
 from layerwise.plan import Prune
 from measuring import machine
 
-GOALS = {"wanda": 30.0, "sparsegpt": 120.0}  # seconds, full size
-SOLVERS = {"wanda": lw.solvers.Wanda, "sparsegpt": lw.solvers.SparseGPT}
+GOALS = {"wanda": 30.0, "sparsegpt": 120.0, "gptq-4": 180.0}  # seconds, full size
+SOLVERS = {"wanda": lw.solvers.Wanda, "sparsegpt": lw.solvers.SparseGPT, "gptq": lw.solvers.GPTQ}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ TOY = Size(hidden=128, intermediate=256, blocks=2, heads=4, vocabulary=512, samp
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="a toy size, on the CPU where there is no CUDA")
-    parser.add_argument("--methods", default="wanda,sparsegpt,sparsegpt-2:4")
+    parser.add_argument("--methods", default="wanda,sparsegpt,sparsegpt-2:4,gptq-4")
     parser.add_argument("--batch", type=int, help="samples in one forward pass (default: 4)")
     parser.add_argument("--out", type=Path, help="write the table here too")
     options = parser.parse_args()
@@ -72,12 +72,15 @@ def report(size: Size, device: torch.device, methods: list[str]) -> Iterator[str
 
 
 def _report(size: Size, device: torch.device, methods: list[str]) -> Iterator[str]:
-    yield from ["# Pruning a 7B-shaped model on one accelerator" if size.blocks == 32 else "# The toy: no claim", ""]
+    yield from [
+        "# Pruning and quantizing a 7B-shaped model on one accelerator" if size.blocks == 32 else "# The toy: no claim",
+        "",
+    ]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     yield f"Machine: {name}; {machine()}. torch {torch.__version__}, layerwise {lw.__version__}."
     yield (
         f"Protocol: random bfloat16 weights, {size.blocks} blocks of {size.hidden}/{size.intermediate};"
-        f" {size.samples} x {size.length} random tokens in batches of {size.batch}; sparsity 50 %; one run after one warm-up block."
+        f" {size.samples} x {size.length} random tokens in batches of {size.batch}; sparsity 50 %, or 4 bits in groups of 128; one run after one warm-up block."
     )
     yield ""
     ids = torch.randint(size.vocabulary, (size.samples, size.length), generator=torch.Generator().manual_seed(0))
@@ -92,7 +95,7 @@ def _report(size: Size, device: torch.device, methods: list[str]) -> Iterator[st
 def warm_up(size: Size, device: torch.device, ids: Tensor) -> None:
     """One block with every solver: kernels are loaded and libraries initialised once, which is not what is measured."""
     one = Size(**{**size.__dict__, "blocks": 1, "samples": size.batch})
-    for method in SOLVERS:
+    for method in ("wanda", "sparsegpt", "gptq-4"):
         pruned(one, device, ids[: size.batch], method)
 
 
@@ -125,7 +128,7 @@ def pruned(size: Size, device: torch.device, ids: Tensor, method: str) -> dict[s
     data = lw.Batches(
         tuple({"input_ids": part} for part in ids.split(size.batch)), {"source": "random tokens", "seed": 0}
     )
-    plan = lw.methods.Uniform(sparsity=0.5, pattern=pattern or "unstructured").plan(model)
+    plan = plan_of(model, solver, pattern)
     forward = timed(device, lambda: forwards(model, data))
     held = memory(device, peak=False)
     if device.type == "cuda":
@@ -140,6 +143,13 @@ def pruned(size: Size, device: torch.device, ids: Tensor, method: str) -> dict[s
         "peak": memory(device, peak=True),
         "zeros": result[0].sparsity,
     }
+
+
+def plan_of(model: nn.Module, solver: str, pattern: str) -> lw.Plan:
+    """Half the weights of every layer, or all in so many bits, in groups of 128."""
+    if solver == "gptq":
+        return lw.methods.UniformBits(bits=int(pattern), group=128).plan(model)
+    return lw.methods.Uniform(sparsity=0.5, pattern=pattern or "unstructured").plan(model)
 
 
 @torch.no_grad()

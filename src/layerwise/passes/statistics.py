@@ -41,6 +41,8 @@ _ENOUGH_ROWS = 1024  # fewer are kept until there are so many: a product of few 
 _STRIPS = 4  # X^T X is symmetric: in 4 strips, each from the diagonal on, it takes 0.625 of the full product
 _WORTH_STRIPS = 512  # columns; narrower matrices lose more in small products than they gain
 
+_HALF = (torch.float16, torch.bfloat16)
+
 
 def widest(device: torch.device) -> torch.dtype:
     """What long sums are carried in: float64, which MPS does not have."""
@@ -51,7 +53,8 @@ class Accumulator:
     """Adds up the statistics of one matrix, batch by batch, in float32 on the device where the rows are.
 
     Sums of squares are carried over batches in float64: it costs nothing and makes the order of batches immaterial.
-    Of X^T X only the part on and above the diagonal is computed, in strips; the rest is mirrored when it is read.
+    Of X^T X only the part on and above the diagonal is computed, in strips; the rest is mirrored when it is read. Rows in half precision
+    on CUDA are multiplied as they are, with float32 results: their products are exact in it, and matrix units are many times as fast.
     """
 
     def __init__(self, columns: int, need: Need, device: torch.device) -> None:
@@ -77,11 +80,13 @@ class Accumulator:
 
     def add(self, rows: Tensor) -> None:
         """rows: (tokens, columns), any floating dtype."""
-        rows = rows.detach().float()
+        rows = rows.detach()
         self.tokens += rows.shape[0]
         if self._gram is None:
-            self.squares += torch.linalg.vector_norm(rows, dim=0).square_()
+            self.squares += torch.linalg.vector_norm(rows.float(), dim=0).square_()
             return
+        if rows.device.type != "cuda" or rows.dtype not in _HALF:
+            rows = rows.float()
         if len(rows) >= _ENOUGH_ROWS:
             self._add_products(rows)
             return
@@ -94,16 +99,24 @@ class Accumulator:
         assert self._gram is not None  # noqa: S101  (asked for)
         columns = rows.shape[1]
         if columns < _WORTH_STRIPS:
-            self._gram.addmm_(rows.T, rows)
+            _add_product(self._gram, rows, rows)
             return
         self._half = True
         width = -(-columns // _STRIPS)
         for start in range(0, columns, width):
             strip = self._gram[start : start + width, start:]
-            strip.addmm_(rows[:, start : start + width].T, rows[:, start:])
+            _add_product(strip, rows[:, start : start + width], rows[:, start:])
 
     def result(self) -> InputStatistics:
         """What was summed so far."""
         if (gram := self.gram) is not None:
             return InputStatistics(self.tokens, gram.diagonal().clone(), gram)
         return InputStatistics(self.tokens, self.squares.float())
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left^T right, in float32."""
+    if left.dtype == torch.float32:
+        total.addmm_(left.T, right)
+    else:
+        total += torch.mm(left.T, right, out_dtype=torch.float32)
