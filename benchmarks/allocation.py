@@ -109,11 +109,11 @@ def protocol_of(subject: Subject, options: argparse.Namespace) -> dict[str, Any]
 
 
 def cells(model: str, options: argparse.Namespace) -> Iterator[Cell]:
-    """Solvers vary last, so that they share a plan."""
+    """Seeds vary first, so that a run cut short has whole ones; solvers last, so that they share a plan."""
     yield Cell(model)
-    for sparsity in map(float, options.sparsities.split(",")):
-        for allocation in options.allocations.split(","):
-            for seed in range(options.seeds):
+    for seed in range(options.seeds):
+        for sparsity in map(float, options.sparsities.split(",")):
+            for allocation in options.allocations.split(","):
                 for solver in options.solvers.split(","):
                     if seed == 0 or draws(allocation, solver):
                         yield Cell(model, sparsity, allocation, solver, seed)
@@ -149,9 +149,15 @@ def measured(
     def data(seed: int) -> lw.Batches:
         return batches(subject.calibration(options.samples, options.length, seed), seed)
 
+    known: dict[tuple[str, int], dict[str, float]] = {}  # scores of ECoFLaP serve every sparsity
+
     @lru_cache(maxsize=1)
-    def plan(method: lw.methods.Method, seed: int) -> lw.Plan:
-        return method.plan(model, data(seed))
+    def plan(method: lw.methods.Method, allocation: str, seed: int) -> lw.Plan:
+        if not isinstance(method, lw.methods.ECoFLaP):
+            return method.plan(model, data(seed))
+        made = method.plan(model, data(seed), scores=known.get((allocation, seed)))
+        known[allocation, seed] = made.scores
+        return made
 
     for cell in missing:
         model.load_state_dict(dense)
@@ -159,7 +165,7 @@ def measured(
         row: dict[str, Any] = {}
         try:
             if cell.allocation != "dense":
-                chosen = plan(method_of(cell), cell.seed)
+                chosen = plan(method_of(cell), cell.allocation, cell.seed)
                 result = lw.compress(model, chosen, solver=SOLVERS[cell.solver](), data=data(cell.seed))
                 shares = [treatments.prune.sparsity for treatments in chosen.layers.values() if treatments.prune]
                 row = {"sparsity": result.sparsity, "lowest": min(shares), "highest": max(shares)}

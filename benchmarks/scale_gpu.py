@@ -8,6 +8,7 @@ bfloat16, so nothing is downloaded or copied.
 """
 
 import argparse
+import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,7 +81,8 @@ def _report(size: Size, device: torch.device, methods: list[str]) -> Iterator[st
     yield f"Machine: {name}; {machine()}. torch {torch.__version__}, layerwise {lw.__version__}."
     yield (
         f"Protocol: random bfloat16 weights, {size.blocks} blocks of {size.hidden}/{size.intermediate};"
-        f" {size.samples} x {size.length} random tokens in batches of {size.batch}; sparsity 50 %, or 4 bits in groups of 128; one run after one warm-up block."
+        f" {size.samples} x {size.length} random tokens in batches of {size.batch};"
+        " sparsity 50 %, or 4 bits in groups of 128; one run after one warm-up block."
     )
     yield ""
     ids = torch.randint(size.vocabulary, (size.samples, size.length), generator=torch.Generator().manual_seed(0))
@@ -124,6 +126,7 @@ def build(size: Size, device: torch.device) -> nn.Module:
 def pruned(size: Size, device: torch.device, ids: Tensor, method: str) -> dict[str, Any]:
     """Build, prune and measure once; the model is gone afterwards."""
     solver, _, pattern = method.partition("-")
+    gc.collect()  # the walk's cycles hold the last model
     model = build(size, device)
     data = lw.Batches(
         tuple({"input_ids": part} for part in ids.split(size.batch)), {"source": "random tokens", "seed": 0}

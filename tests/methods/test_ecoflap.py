@@ -14,7 +14,7 @@ from layerwise.scores import first_order_gradient, zeroth_order_gradient
 from layerwise.solvers import Magnitude, Wanda
 from layerwise.structure import groups_of, structure_of, towers_of
 from layerwise.tasks.batches import Batches
-from models import MODELS, inputs_for
+from models import MODELS, inputs_for, small_llama
 
 
 def batches_for(name, model, count=2):
@@ -270,3 +270,13 @@ def test_exact_counts_take_the_shares_of_many_groups():
     zeros = exact_counts(shares, sizes, 0.5, 0.0, 0.6)
     assert sum(zeros.values()) == 316
     assert all(zeros[name] <= 0.6 * sizes[name] + 1 for name in sizes)
+
+
+def test_scores_of_one_plan_serve_another_sparsity():
+    model = small_llama()
+    data = Batches(({"input_ids": torch.arange(24).view(2, 12) % 64},), {})
+    half, most = (ECoFLaP(sparsity=sparsity, order="first") for sparsity in (0.5, 0.7))
+    scores = half.plan(model, data).scores
+    assert most.plan(model, data, scores=scores).layers == most.plan(model, data).layers
+    with pytest.raises(ConfigError, match=r'none for "model\.layers\.0" '):
+        most.plan(model, data, scores={name: score for name, score in scores.items() if name != "model.layers.0"})

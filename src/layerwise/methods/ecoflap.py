@@ -89,9 +89,17 @@ class ECoFLaP:
                 f'ECoFLaP.joint goes with order="zeroth" and blocks or towers, not {self.order}, {self.granularity}.'
             )
 
-    def plan(self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None) -> Plan:
+    def plan(
+        self,
+        model: nn.Module,
+        data: Batches | None = None,
+        *,
+        structure: Structure | None = None,
+        scores: Mapping[str, float] | None = None,
+    ) -> Plan:
         """One sparsity per group, the same for all its layers up to whole weights. Layers outside the groups get the target.
 
+        scores: of the groups, as an earlier plan holds them: they do not depend on the sparsity, and take nearly all of the time.
         Raises what the score raises too: DataError (batches without labels), ModelError (a model without a loss that is known).
         """
         structure = found(model, structure)
@@ -105,7 +113,12 @@ class ECoFLaP:
             raise DataError("ECoFLaP looks at the loss of batches and needs calibration data (--data).")
         low, high = self.min_sparsity, cast(float, self.max_sparsity)
         check_feasible(sizes_of(structure), self.sparsity, low, high)  # before the work
-        scores = self._over_groups(self._scored(model, data, structure), groups)
+        if scores is None:
+            scores = self._over_groups(self._scored(model, data, structure), groups)
+        elif missing := sorted(groups.keys() - scores.keys()):
+            raise ConfigError(
+                f'scores: none for "{missing[0]}" ({len(missing)} such). Give those of a plan of this model.'
+            )
         by_group: dict[str, float] = {}
         notes = self._doubts(data, {parameter_of(model, layer).dtype for layer in structure})
         for where, names in self._budgets(structure, groups).items():
