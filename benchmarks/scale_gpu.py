@@ -8,7 +8,6 @@ bfloat16, so nothing is downloaded or copied.
 """
 
 import argparse
-import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -126,7 +125,6 @@ def build(size: Size, device: torch.device) -> nn.Module:
 def pruned(size: Size, device: torch.device, ids: Tensor, method: str) -> dict[str, Any]:
     """Build, prune and measure once; the model is gone afterwards."""
     solver, _, pattern = method.partition("-")
-    gc.collect()  # the walk's cycles hold the last model
     model = build(size, device)
     data = lw.Batches(
         tuple({"input_ids": part} for part in ids.split(size.batch)), {"source": "random tokens", "seed": 0}

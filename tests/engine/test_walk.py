@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import gc
 import json
 import re
+import weakref
 from typing import ClassVar
 
 import pytest
@@ -15,6 +17,7 @@ from layerwise.engine import BlockFinished, BlockStarted, LayerSolved, Settings,
 from layerwise.engine.walk import run_key
 from layerwise.errors import ConfigError, DataError, OutputError, PlanError, SolveError, StatisticsError, WalkError
 from layerwise.passes import collect_dense
+from layerwise.passes.statistics import Accumulator
 from layerwise.plan import Budget, Plan, Prune, Treatments
 from layerwise.solvers import Magnitude, Random, SparseGPT, Wanda
 from layerwise.solvers.base import Solved
@@ -441,3 +444,26 @@ def test_result_is_plain_values():
     assert facts["solver"]["name"] == "wanda"
     assert set(facts["seconds"]) == {"collect", "solve", "propagate", "total"}
     assert facts["data"]["hash"] == data.hash
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "t5"])
+def test_what_a_block_needed_is_given_back_with_it_and_the_model_with_its_last_name(name, monkeypatch):
+    model, _, plan, data = setup(name)
+    kept = []
+    made = Accumulator.__init__
+
+    def watched(self, *arguments):
+        made(self, *arguments)
+        kept.append(weakref.ref(self))
+
+    monkeypatch.setattr(Accumulator, "__init__", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        compress(model, plan, solver=SparseGPT(), data=data)
+        assert kept
+        assert not [one for one in kept if one() is not None]  # sums of squares and products are what is large
+        kept, model = weakref.ref(model), None
+        assert kept() is None
+    finally:
+        gc.enable()

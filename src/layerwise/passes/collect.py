@@ -89,6 +89,11 @@ class Collector:
         for handle in self._handles:
             handle.remove()
         self._seen.clear()
+        # hooks know their collector: this circle would keep model and sums until Python looks for circles
+        self._hooks.clear()
+        self._handles.clear()
+        self._contexts.clear()
+        self._watch = None
 
     def run(self, one: Pass, device: torch.device | None = None, *, fresh: bool = False) -> Any:
         """`one.run`, with what its layers are handed counted; also where the block is a layer itself, as a head or a stem is."""
