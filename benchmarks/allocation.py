@@ -25,6 +25,7 @@ from torch import Tensor
 import layerwise as lw
 from bed import Subject, add_arguments, add_device, perplexity, subjects
 from layerwise.errors import LayerwiseError
+from layerwise.scores import alphas_kept
 from lines import Lines
 from measuring import machine
 
@@ -79,10 +80,11 @@ def main() -> None:
         protocol = protocol_of(subject, options)
         shown[subject.name] = protocol
         missing = [cell for cell in cells(subject.name, options) if key_of(cell, protocol) not in results]
-        for cell, row in measured(subject, missing, options):
-            results.add(key_of(cell, protocol), row)
-            said = row.get("error") or f"perplexity {row['perplexity']:.3f}"
-            print(f"{' '.join(str(part) for part in asdict(cell).values())}: {said}", file=sys.stderr, flush=True)
+        with alphas_kept(options.work / "alphas"):  # they depend on the weights alone
+            for cell, row in measured(subject, missing, options):
+                results.add(key_of(cell, protocol), row)
+                said = row.get("error") or f"perplexity {row['perplexity']:.3f}"
+                print(f"{' '.join(str(part) for part in asdict(cell).values())}: {said}", file=sys.stderr, flush=True)
     text = "\n".join(report(results, shown, options))
     options.out.write_text(text + "\n", encoding="utf-8")
     draw(results, shown, options)
