@@ -137,8 +137,9 @@ class Plan(Record):
         """The same plan with what the budget's layers achieve computed from these: sparsity where it prunes, bits where it quantises."""
         layers = list(layers)
         bits = self.achieved_bits(layers) or None
+        prunes = not self.layers or any(entry.prune for entry in self.layers.values())
         found = {
-            "achieved": self.achieved_sparsity(layers) if self.zeros(layers) or not bits else None,
+            "achieved": self.achieved_sparsity(layers) if prunes else None,
             "achieved_bits": bits,
             "nominal_bits": self.achieved_bits(layers, nominal=True) or None,
         }

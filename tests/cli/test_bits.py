@@ -124,3 +124,24 @@ def test_edited_by_hand_and_compared(planned, capsys):
     assert "quantize.bits" in capsys.readouterr().out
     (planned / "higher.yaml").write_text(text.replace("bits: 2,", "bits: 8,"))
     refused(capsys, "plan model --edit higher.yaml".split(), "budget.bits 4.3", "Lower the bits of some")
+
+
+@pytest.mark.parametrize(
+    "words", ["--method lwq --set score=zd --bits 3 --set group=16", "--method erk", "--edit plan.yaml"]
+)
+def test_a_plan_is_drawn(here, capsys, words):
+    assert main("plan model --method uniform --sparsity 0.5 -o plan.yaml -q".split()) == 0
+    assert main(["plan", "model", *words.split(), "--plot", "plan.png"]) == 0
+    assert "Drawn: plan.png" in capsys.readouterr().out
+    assert (here / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["plan", "model", *words.split(), "--plot", "plan.png"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main(["plan", "model", *words.split(), "--plot", "plan.png", "--force", "-q"]) == 0
+
+
+def test_a_plan_of_the_cache_alone_speaks_of_no_sparsity(here, capsys):
+    (here / "cache.yaml").write_text(
+        "layerwise: 1\nlayers:\n  model.layers.0.self_attn: {cache: {key_bits: 4, value_bits: 4}}\n"
+    )
+    assert main("plan model --edit cache.yaml --json -q".split()) == 0
+    assert "achieved" not in json.loads(capsys.readouterr().out)["plan"].get("budget", {})

@@ -75,7 +75,7 @@ def test_everything_is_in_it():
     ):
         assert part in parsed.text, part
     assert "owl <b>: 37.50% of the weights it prunes are zero" in parsed.text
-    assert "none: prunes none of these layers" in parsed.text
+    assert "none: leaves all of these layers as they are" in parsed.text
     assert ("class", "best") in parsed.attributes
     assert parsed.count["rect"] == len(LAYERS)
     assert "b" not in parsed.count

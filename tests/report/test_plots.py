@@ -7,7 +7,7 @@ import pytest
 
 from layerwise.errors import ConfigError, MissingExtra, OutputError
 from layerwise.plan import Plan, Prune, Quantize
-from layerwise.report import plot_sparsities
+from layerwise.report import plot_bits, plot_sparsities
 from layerwise.report.depth import by_depth, labels
 from layerwise.structure.parts import Layer
 
@@ -92,7 +92,7 @@ def test_it_opens_no_window_and_touches_no_global_state(tmp_path):
 
 
 def test_refusals(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="none of the plans prunes"):
+    with pytest.raises(ConfigError, match="none of them prunes"):
         plot_sparsities({"a": Plan(layers={})}, CNN, tmp_path / "a.png")
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
@@ -108,3 +108,20 @@ def test_refusals(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(MissingExtra, match=r"pip install 'layerwise\[report\]'"):
         plot_sparsities({"a": plan(CNN, lambda _: 0.5)}, CNN, Path(tmp_path / "a.png"))
+
+
+def test_bits_by_depth_and_their_picture(tmp_path):
+    layers = decoder(3)
+    made = Plan(
+        layers={
+            layer.name: Quantize(bits=8 if layer.role == "q" else 2 + int(layer.block[-1]), group=4) for layer in layers
+        }
+    )
+    assert by_depth(made, layers, "bits").lines == {
+        "q": [(0, 8.0), (1, 8.0), (2, 8.0)],
+        "k, up": [(0, 2.0), (1, 3.0), (2, 4.0)],
+    }
+    assert by_depth(made, layers).lines == {}
+    assert plot_bits({"mixed": made}, layers, tmp_path / "bits.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ConfigError, match="none of them quantises"):
+        plot_bits({"a": plan(layers, lambda _: 0.5)}, layers, tmp_path / "a.png")

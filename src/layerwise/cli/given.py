@@ -1,8 +1,10 @@
-"""Options that were given although nothing reads them: an error, since a run that ignores half of a request has not done it."""
+"""Options that cannot be met, or that nothing reads: an error, since a run that ignores half of a request has not done it."""
+
+from pathlib import Path
 
 import typer
 
-from ..errors import ConfigError
+from ..errors import ConfigError, OutputError
 
 CALIBRATION = ("data", "samples", "length", "batch")  # what draws the calibration data
 SHARING = (
@@ -19,6 +21,19 @@ SHARING = (
     "minutes",
     "storage",
 )  # what makes a plan
+
+
+def refuse_existing(path: Path | None, force: bool) -> None:
+    """Raise OutputError for a file that is there and may not be replaced."""
+    if path is not None and path.exists() and not force:
+        raise OutputError(f'output "{path}" exists already. Give another name, or replace it: --force.')
+
+
+def check_png(path: Path | None, force: bool) -> None:
+    """Raise OutputError unless a picture can be written under this name."""
+    if path is not None and path.suffix.lower() != ".png":
+        raise OutputError(f'output "{path}": give a name that ends in .png.')
+    refuse_existing(path, force)
 
 
 def refuse(context: typer.Context, why: str, *names: str) -> None:

@@ -143,6 +143,10 @@ Plot = Annotated[
     Path | None,
     _option(OUTPUT, "FILE", "With --score alpha-hill: draw the layers' spectra and the fits to their tails, a PNG."),
 ]
+PlanPlot = Annotated[
+    Path | None,
+    _option(OUTPUT, "FILE", "Draw the plan, sparsities or bits by block and role, a PNG.", "--plot"),
+]
 Layers = Annotated[bool, typer.Option("--layers", help="One line per layer instead of one per role.")]
 Against = Annotated[str | None, _option(HOW, "MODEL", "The dense model, for divergence and agreement.")]
 Convention = Annotated[

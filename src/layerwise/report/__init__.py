@@ -2,7 +2,7 @@
 
 from .bars import bar_chart
 from .html import html_report
-from .plots import plot_sparsities
+from .plots import plot_bits, plot_sparsities
 from .spectra import SpectrumView, plot_spectra, view_of
 
-__all__ = ["SpectrumView", "bar_chart", "html_report", "plot_sparsities", "plot_spectra", "view_of"]
+__all__ = ["SpectrumView", "bar_chart", "html_report", "plot_bits", "plot_sparsities", "plot_spectra", "view_of"]

@@ -1,12 +1,14 @@
-"""A plan's sparsities by depth: the columns and lines that every picture of a plan draws."""
+"""A plan's sparsities or bits by depth: the columns and lines that every picture of a plan draws."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ..plan import Plan
 from ..structure.parts import Layer
 
+Quantity = Literal["sparsity", "bits"]
 ALIKE = 0.002  # sparsities nearer than this cannot be told apart in a picture; exact budgets differ by a few weights
 WHOLE_BLOCK = "all layers"  # the line of a plan that treats the layers of a block alike
 
@@ -15,7 +17,7 @@ WHOLE_BLOCK = "all layers"  # the line of a plan that treats the layers of a blo
 class Depth:
     """`columns`: a short name per block, and per layer outside the blocks, in the order of the model.
 
-    `lines`: role (or the name inside the block, where a block has a role twice) -> [(column, sparsity)], in that order. Lines that lie
+    `lines`: role (or the name inside the block, where a block has a role twice) -> [(column, value)], in that order. Lines that lie
     on each other would hide all but the last, so they are one: "k, v", or "all layers" where no layer differs from its block.
     """
 
@@ -23,22 +25,33 @@ class Depth:
     lines: dict[str, list[tuple[int, float]]]
 
 
-def by_depth(plan: Plan, layers: Sequence[Layer]) -> Depth:
-    """Where each pruned layer stands and how sparse it is. Layers that the plan does not prune are absent from the lines."""
+def by_depth(plan: Plan, layers: Sequence[Layer], quantity: Quantity = "sparsity") -> Depth:
+    """Where each layer stands and how sparse it is, or how many bits it takes, scales and zeros not counted.
+
+    Layers that the plan does not prune, or quantise, are absent from the lines.
+    """
     homes = list(dict.fromkeys(layer.block or layer.name for layer in layers))
     place = {home: column for column, home in enumerate(homes)}
     lines: dict[str, list[tuple[int, float]]] = {}
     for layer, label in zip(layers, labels(layers), strict=True):
-        entry = plan.layers.get(layer.name)
-        if entry and entry.prune:
-            lines.setdefault(label, []).append((place[layer.block or layer.name], entry.prune.sparsity))
+        if (value := value_of(plan, layer, quantity)) is not None:
+            lines.setdefault(label, []).append((place[layer.block or layer.name], value))
     return Depth(tuple(short_names(homes)), _merged(lines))
+
+
+def value_of(plan: Plan, layer: Layer, quantity: Quantity) -> float | None:
+    """What the plan gives this layer; None where it does not treat it so."""
+    if (entry := plan.layers.get(layer.name)) is None:
+        return None
+    if quantity == "bits":
+        return float(entry.quantize.bits) if entry.quantize else None
+    return entry.prune.sparsity if entry.prune else None
 
 
 def _merged(lines: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
     columns: dict[int, list[float]] = {}
-    for column, sparsity in (point for line in lines.values() for point in line):
-        columns.setdefault(column, []).append(sparsity)
+    for column, value in (point for line in lines.values() for point in line):
+        columns.setdefault(column, []).append(value)
     if len(lines) > 1 and all(max(values) - min(values) < ALIKE for values in columns.values()):
         return {WHOLE_BLOCK: [(column, sum(values) / len(values)) for column, values in sorted(columns.items())]}
     groups: list[list[str]] = []

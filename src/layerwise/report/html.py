@@ -6,7 +6,7 @@ from typing import Any
 
 from ..plan import Plan
 from ..structure.parts import Layer
-from .depth import labels
+from .depth import Quantity, labels, value_of
 from .plots import COLOURS
 
 _STYLE = """
@@ -34,7 +34,7 @@ def html_report(
 
     rows: the table, one mapping of column -> value per method (dense, uniform, random, ours); the first column names it, and the row
     named `best` is marked. protocol: what belongs beside every number. outcome: sentences on what became smaller or faster and what
-    did not (`io.Saved.lines`). plans: method -> its plan, drawn as one bar per layer.
+    did not (`io.Saved.lines`). plans: method -> its plan, drawn as one bar per layer: sparsity, bits, or one picture for each.
     """
     parts = [
         f"<h1>{escape(title)}</h1>",
@@ -46,7 +46,7 @@ def html_report(
         "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in outcome) + "</ul>",
     ]
     if plans:
-        parts += ["<h2>Sparsity of every layer, in the order of the model</h2>", _key(layers)]
+        parts += ["<h2>Every layer, in the order of the model</h2>", _key(layers)]
         parts += [_plan(name, plan, layers) for name, plan in plans.items()]
     body = "\n".join(parts)
     return (
@@ -80,29 +80,44 @@ def _key(layers: Sequence[Layer]) -> str:
 
 
 def _plan(name: str, plan: Plan, layers: Sequence[Layer]) -> str:
-    """One bar per layer; hovering names it. A layer that the plan leaves alone has no bar."""
+    """A picture of what the plan does to these layers: of zeros, of bits, or of both."""
+    zeros, bits = (_picture(plan, layers, quantity) for quantity in ("sparsity", "bits"))
+    parts = []
+    if zeros:
+        parts.append(f"{plan.achieved_sparsity(layers):.2%} of the weights it prunes are zero")
+    if bits:
+        parts.append(f"{plan.achieved_bits(layers):.2f} bits per weight it quantises, scales and zeros counted")
+    said = "; ".join(parts) or "leaves all of these layers as they are"
+    return f"<h3>{escape(name)}: {said}</h3>{zeros}{bits}"
+
+
+def _picture(plan: Plan, layers: Sequence[Layer], quantity: Quantity) -> str:
+    """One bar per layer; hovering names it. A layer that the plan leaves alone has no bar. Nothing where it leaves all alone."""
+    whole = 1.0 if quantity == "sparsity" else max(8.0, *(value_of(plan, layer, quantity) or 0.0 for layer in layers))
     colours, bars, rows = _colours(layers), [], []
     for place, (layer, label) in enumerate(zip(layers, labels(layers), strict=True)):
-        entry = plan.layers.get(layer.name)
-        if not entry or not entry.prune:
+        if (value := value_of(plan, layer, quantity)) is None:
             continue
-        sparsity, text = entry.prune.sparsity, escape(f"{layer.name}: {entry.prune.sparsity:.2%} {entry.prune.pattern}")
-        height = round(100 * sparsity, 2)
+        entry = plan.layers[layer.name]
+        if entry.prune and quantity == "sparsity":
+            facts = {"sparsity": f"{value:.2%}", "pattern": entry.prune.pattern}
+        else:
+            facts = {"bits": f"{value:g} bits", "group": f"group {(entry.quantize and entry.quantize.group) or 'row'}"}
+        text = escape(f"{layer.name}: {' '.join(facts.values())}")
+        height = round(100 * value / whole, 2)
         bars.append(
             f'<rect x="{place}" y="{round(100 - height, 2)}" width=".85" height="{height}" fill="{colours[label]}">'
             f"<title>{text}</title></rect>"
         )
-        rows.append(
-            {"layer": layer.name, "weights": layer.size, "sparsity": f"{sparsity:.2%}", "pattern": entry.prune.pattern}
-        )
-    heading = f"<h3>{escape(name)}: {plan.achieved_sparsity(layers):.2%} of the weights it prunes are zero</h3>"
+        rows.append({"layer": layer.name, "weights": layer.size, **facts})
     if not bars:
-        return f"<h3>{escape(name)}: prunes none of these layers</h3>"
+        return ""
+    full = "100 %" if quantity == "sparsity" else f"{whole:g} bits"
     picture = (
         f'<svg viewBox="0 0 {len(layers)} 100" preserveAspectRatio="none" role="img"'
-        f' aria-label="sparsity per layer, full height is 100 %">{"".join(bars)}</svg>'
+        f' aria-label="{quantity} per layer, full height is {full}">{"".join(bars)}</svg>'
     )
-    return f"{heading}{picture}<details><summary>{len(rows)} layers as a table</summary>{_table(rows, None)}</details>"
+    return f"{picture}<details><summary>{len(rows)} layers as a table</summary>{_table(rows, None)}</details>"
 
 
 def _colours(layers: Sequence[Layer]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from ..errors import ConfigError, MissingExtra
 from ..files import output_file
 from ..plan import Plan
 from ..structure.parts import Layer
-from .depth import WHOLE_BLOCK, Depth, by_depth
+from .depth import WHOLE_BLOCK, Depth, Quantity, by_depth
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart; markers tell lines apart in grey
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#666666")
@@ -22,9 +22,19 @@ def plot_sparsities(plans: Mapping[str, Plan], layers: Sequence[Layer], path: st
 
     Raises ConfigError if no plan prunes any of these layers, MissingExtra without matplotlib, OutputError if it cannot be written.
     """
-    depths = {name: depth for name, plan in plans.items() if (depth := by_depth(plan, layers)).lines}
+    return _plot(plans, layers, Path(path), "sparsity")
+
+
+def plot_bits(plans: Mapping[str, Plan], layers: Sequence[Layer], path: str | Path) -> Path:
+    """The same of bits: those of the codes for lines, true bits per weight, scales and zeros counted, for the mean. Raises likewise."""
+    return _plot(plans, layers, Path(path), "bits")
+
+
+def _plot(plans: Mapping[str, Plan], layers: Sequence[Layer], path: Path, quantity: Quantity) -> Path:
+    depths = {name: depth for name, plan in plans.items() if (depth := by_depth(plan, layers, quantity)).lines}
     if not depths:
-        raise ConfigError("plot_sparsities: none of the plans prunes any of these layers. Give plans of this model.")
+        does = "prunes" if quantity == "sparsity" else "quantises"
+        raise ConfigError(f"a picture of plans: none of them {does} any of these layers. Give plans of this model.")
     across = 2 if len(depths) == 4 else min(len(depths), 3)
     down = math.ceil(len(depths) / across)
     wide = len(next(iter(depths.values())).columns) > 40
@@ -33,16 +43,21 @@ def plot_sparsities(plans: Mapping[str, Plan], layers: Sequence[Layer], path: st
     styles = _styles(depths)
     for panel, (name, depth) in zip(panels, depths.items(), strict=False):
         _draw(panel, depth, styles)
-        mean = plans[name].achieved_sparsity(layers)
+        if quantity == "sparsity":
+            mean = plans[name].achieved_sparsity(layers)
+            said = f"mean {mean:.1%}"
+        else:
+            mean = plans[name].achieved_bits(layers)
+            said = f"{mean:.2f} bits, scales and zeros counted"
         panel.axhline(mean, color="#444444", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        panel.set_title(f"{name}  ·  mean {mean:.1%}", fontsize=11, loc="left")
+        panel.set_title(f"{name}  ·  {said}", fontsize=11, loc="left")
     for number, panel in enumerate(panels):
         if number % across == 0:
-            panel.set_ylabel("sparsity")
+            panel.set_ylabel(quantity)
         panel.set_visible(number < len(depths))
-    _scale(panels[0], depths)
+    _scale(panels[0], depths, quantity)
     _legend(figure, panels[: len(depths)])
-    return write_png(figure, Path(path))
+    return write_png(figure, path)
 
 
 def _draw(panel: Any, depth: Depth, styles: Mapping[str, tuple[str, str]]) -> None:
@@ -51,7 +66,7 @@ def _draw(panel: Any, depth: Depth, styles: Mapping[str, tuple[str, str]]) -> No
         colour, marker = styles[label]
         panel.plot(
             [column for column, _ in line],
-            [sparsity for _, sparsity in line],
+            [value for _, value in line],
             color=colour,
             marker=marker,
             markersize=3.2 if dense else 5,
@@ -80,10 +95,13 @@ def _styles(depths: Mapping[str, Depth]) -> dict[str, tuple[str, str]]:
     return {WHOLE_BLOCK: ("#111111", "o"), **{name: looks[name.split(", ")[0]] for name in names}}
 
 
-def _scale(panel: Any, depths: Mapping[str, Depth]) -> None:
-    """One scale for all panels that shows the differences: not from zero, but never narrower than ten points."""
-    values = [sparsity for depth in depths.values() for line in depth.lines.values() for _, sparsity in line]
+def _scale(panel: Any, depths: Mapping[str, Depth], quantity: Quantity) -> None:
+    """One scale for all panels. Sparsities: shows the differences, not from zero, but never narrower than ten points."""
+    values = [value for depth in depths.values() for line in depth.lines.values() for _, value in line]
     low, high = min(values), max(values)
+    if quantity == "bits":
+        panel.set_ylim(0, high + 1)  # the mean with scales and zeros lies above the levels
+        return
     room = max(0.05 * (high - low), (0.1 - (high - low)) / 2, 0.01)
     panel.set_ylim(max(-0.02, low - room), min(1.02, high + room))
     panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from .. import options
-from ..given import refuse
+from ..given import refuse, refuse_existing
 from ..inputs import DataChoice, ModelChoice, environment_line, protocol_line
 from ..planning import alphas_folder
 from ..screen import Screen
@@ -141,8 +141,7 @@ def _check_output(output: Path | None, force: bool) -> None:
         return
     if output.suffix not in (".md", ".html"):
         raise OutputError(f'output "{output}": give a name that ends in .md or .html.')
-    if output.exists() and not force:
-        raise OutputError(f'output "{output}" exists already. Give another name, or replace it: --force.')
+    refuse_existing(output, force)
 
 
 def _show(

@@ -11,7 +11,7 @@ from rich.text import Text
 from ...errors import ConfigError
 from ...settings import nearest
 from .. import options
-from ..given import CALIBRATION, refuse
+from ..given import CALIBRATION, check_png, refuse
 from ..inputs import DataChoice, ModelChoice, protocol_line
 from ..planning import alphas_folder
 from ..screen import Screen, table
@@ -85,14 +85,9 @@ def inspect(
 
 
 def _check_plot(plot: Path, score: str | None, force: bool) -> None:
-    from ...errors import OutputError
-
     if score != "alpha-hill":
         raise ConfigError("--plot draws the spectra behind --score alpha-hill; ask for that score.")
-    if plot.suffix.lower() != ".png":
-        raise OutputError(f'output "{plot}": give a name that ends in .png.')
-    if plot.exists() and not force:
-        raise OutputError(f'output "{plot}" exists already. Give another name, or replace it: --force.')
+    check_png(plot, force)
 
 
 def _measured(

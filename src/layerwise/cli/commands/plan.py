@@ -1,17 +1,25 @@
 """`layerwise plan`: decide, write the decision down, change nothing."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import typer
 from rich.markup import escape
 
 from .. import options
 from ..cache_tables import show_cache, show_front
-from ..given import CALIBRATION, SHARING, refuse
+from ..given import CALIBRATION, SHARING, check_png, refuse, refuse_existing
 from ..inputs import DataChoice, ModelChoice
 from ..plan_tables import show_plan
 from ..planning import make_plan, record_of, tried_of
 from ..running import show_notes
 from ..screen import Screen
 from ..settings import MethodChoice
+
+if TYPE_CHECKING:
+    from ...methods import KVSearch, Search
+    from ...plan import Plan
+    from ...structure import Structure
 
 
 def plan(
@@ -41,6 +49,7 @@ def plan(
     dtype: options.Dtype = "auto",
     remote_code: options.RemoteCode = False,
     output: options.PlanOut = None,
+    plot: options.PlanPlot = None,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -54,13 +63,48 @@ def plan(
     [dim]Bits of the KV cache:[/]  layerwise plan demo --method kvtuner --bits 4 --minutes 5 -o plan.yaml
     [dim]After edits by hand:[/]  layerwise plan demo --edit plan.yaml --rebalance --keep '*.down_proj' -o plan2.yaml
     """
-    from ...errors import OutputError
-    from ...methods import KVSearch
-    from ...plan import Plan
-
     screen = Screen(json=json, quiet=quiet)
-    if output is not None and output.exists() and not force:
-        raise OutputError(f'output "{output}" exists already. Give another name, or replace it: --force.')
+    refuse_existing(output, force)
+    check_png(plot, force)
+    _check_given(context, output or plot, edit, rebalance)
+    # a plan that is edited names its layers itself
+    globs = (tuple(include or ()), tuple(exclude or ())) if edit is None else (("*",), ())
+    choice = ModelChoice(model, dtype, *globs, remote_code)
+    search = None
+    if edit is not None:
+        structure = choice.structure(choice.load(screen))
+        made = _edited(edit, structure, (keep or []) if rebalance else None)
+    else:
+        chosen = MethodChoice(
+            method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()), minutes, bits, levels, for_
+        )
+        built = chosen.build(seed=seed)
+        _check_used(context, built)
+        drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen) if built.needs_data else None
+        loaded = choice.load(screen)
+        structure = choice.structure(loaded)
+        record = None if output is None else record_of(output)
+        made, search = make_plan(built, choice, loaded, structure, drawn, screen, record=record, storage=storage)
+    if output is not None:
+        made.save(output, force=force)
+        record_of(output).unlink(missing_ok=True)
+    _show(made, structure, search, screen)
+    if edit is not None:
+        show_notes(made.notes, screen)
+    if plot is not None:
+        _draw(made, structure, plot)
+        screen.show(escape(f"\nDrawn: {plot}"))
+    if output is not None:
+        cached = any(entry.cache for entry in made.layers.values())
+        use = f"evaluate {model} --plan {output} --data TEXT" if cached else f"compress {model} --plan {output} -o OUT"
+        screen.show(
+            escape(f"\nWritten to {output}. {'Measure' if cached else 'Apply'} it: layerwise {use}"),
+        )
+    screen.show_json({"output": None if output is None else str(output), "plan": made.to_dict(), **tried_of(search)})
+
+
+def _check_given(context: typer.Context, output: Path | None, edit: Path | None, rebalance: bool) -> None:
+    """Refuse options that these others leave without a meaning."""
     if output is None:
         refuse(context, "without --output there is nothing to replace", "force")
     if edit is None:
@@ -69,46 +113,39 @@ def plan(
         refuse(context, "since --edit starts from a plan: change its file", *SHARING, "for_", *CALIBRATION, "seed")
     if not rebalance:
         refuse(context, "without --rebalance every layer stays as it is", "keep")
-    chosen_globs = (
-        (tuple(include or ()), tuple(exclude or ())) if edit is None else (("*",), ())
-    )  # a plan names its layers itself
-    choice = ModelChoice(model, dtype, *chosen_globs, remote_code)
-    chosen = MethodChoice(
-        method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()), minutes, bits, levels, for_
-    )
-    search = None
-    if edit is not None:
-        made = Plan.load(edit)
-        structure = choice.structure(choice.load(screen))
-        if rebalance:
-            made = made.rebalance(structure.layers, keep or ())
-        made.check(
-            structure.layers,
-            blocks=[block.name for block in structure.blocks],
-            attentions=structure.attentions,
-            fingerprint=structure.fingerprint,
-        )
-        made = made.with_achieved(structure.layers)
+
+
+def _check_used(context: typer.Context, method: Any) -> None:
+    """Refuse options that this method does not look at."""
+    if method.name == "kvtuner":
+        refuse(context, "since method kvtuner decides for attentions, not for weights", "include", "exclude")
     else:
-        built = chosen.build(seed=seed)
-        if built.name == "kvtuner":
-            refuse(context, "since method kvtuner decides for attentions, not for weights", "include", "exclude")
-        else:
-            refuse(context, f"since method {built.name} searches in no storage", "storage")
-        drawn = None
-        if not built.needs_data:
-            refuse(context, f"since method {built.name} looks at weights alone", *CALIBRATION)
-            if not getattr(built, "draws", hasattr(built, "seed")):
-                refuse(context, f"since method {built.name} draws nothing", "seed")
-        else:
-            drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen)
-        loaded = choice.load(screen)
-        structure = choice.structure(loaded)
-        record = None if output is None else record_of(output)
-        made, search = make_plan(built, choice, loaded, structure, drawn, screen, record=record, storage=storage)
-    if output is not None:
-        made.save(output, force=force)
-        record_of(output).unlink(missing_ok=True)
+        refuse(context, f"since method {method.name} searches in no storage", "storage")
+    if not method.needs_data:
+        refuse(context, f"since method {method.name} looks at weights alone", *CALIBRATION)
+        if not getattr(method, "draws", hasattr(method, "seed")):
+            refuse(context, f"since method {method.name} draws nothing", "seed")
+
+
+def _edited(path: Path, structure: "Structure", keep: list[str] | None) -> "Plan":
+    """The plan of this file, checked against the model. keep: globs of what stays while the rest is rebalanced; None: all stays."""
+    from ...plan import Plan
+
+    made = Plan.load(path)
+    if keep is not None:
+        made = made.rebalance(structure.layers, keep)
+    made.check(
+        structure.layers,
+        blocks=[block.name for block in structure.blocks],
+        attentions=structure.attentions,
+        fingerprint=structure.fingerprint,
+    )
+    return made.with_achieved(structure.layers)
+
+
+def _show(made: "Plan", structure: "Structure", search: "Search | KVSearch | None", screen: Screen) -> None:
+    from ...methods import KVSearch
+
     cached = any(entry.cache for entry in made.layers.values())
     if isinstance(search, KVSearch):
         show_front(search, screen)
@@ -116,12 +153,12 @@ def plan(
         show_cache(made, screen)
     if not cached or made.zeros(structure.layers) or any(entry.quantize for entry in made.layers.values()):
         show_plan(made, structure, screen)
-    if edit is not None:
-        show_notes(made.notes, screen)
-    if output is not None and cached:
-        screen.show(
-            escape(f"\nWritten to {output}. Measure it: layerwise evaluate {model} --plan {output} --data TEXT")
-        )
-    elif output is not None:
-        screen.show(escape(f"\nWritten to {output}. Apply it: layerwise compress {model} --plan {output} -o OUT"))
-    screen.show_json({"output": None if output is None else str(output), "plan": made.to_dict(), **tried_of(search)})
+
+
+def _draw(made: "Plan", structure: "Structure", path: Path) -> None:
+    """Bits by block where the plan quantises, else sparsities."""
+    from ...report import plot_bits, plot_sparsities
+
+    bits = any(entry.quantize for entry in made.layers.values())
+    draw = plot_bits if bits else plot_sparsities
+    draw({str(made.method.get("name", "plan")): made}, structure.layers, path)
