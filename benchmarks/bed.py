@@ -3,10 +3,12 @@
 | model       | calibration text                       | held-out text                              |
 |-------------|----------------------------------------|--------------------------------------------|
 | smollm2     | `text/c4-calibration.txt`              | `text/wikitext2-test-raw.txt`              |
+| smollm2-tuned | the same                             | the same                                   |
 | stories260k | the first half of the TinyStories file | its second half                            |
 | demo        | python-docs, the calibration split     | python-docs, the modules held out          |
 
-SmolLM2-135M is stored on a 4-bit grid; `smollm2` writes it out once as a float32 folder. The TinyStories file is from the training
+SmolLM2-135M is stored on a 4-bit grid; `smollm2` writes it out once as a float32 folder, and `smollm2-tuned` is a copy that was
+fine-tuned until it had left the grid (`tuned.py`). The TinyStories file is from the training
 split of that model, so its perplexities only compare with each other.
 """
 
@@ -27,10 +29,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from layerwise.io import model_folder
 from layerwise.tasks import Batches, held_out, text
+from tuned import tuned
 
 transformers.logging.disable_progress_bar()
 
-MODELS = ("smollm2", "stories260k", "demo")
+MODELS = ("smollm2", "smollm2-tuned", "stories260k", "demo")
 _SMOLLM2 = "smollm2-135m-instruct"
 
 
@@ -106,6 +109,7 @@ def subjects(options: argparse.Namespace) -> list[Subject]:
     bed = Path(options.bed) if options.bed else Path()
     folders = {
         "smollm2": lambda: smollm2(bed, options.work),
+        "smollm2-tuned": lambda: tuned(smollm2(bed, options.work), bed, options.work),
         "stories260k": lambda: bed / "lm/stories260k",
         "demo": lambda: Path(model_folder(options.demo)),
     }

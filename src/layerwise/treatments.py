@@ -117,7 +117,12 @@ class Quantize(Record):
         A whole zero takes `bits` bits, a shift 16, that of a symmetric grid none. nominal: the codes alone.
         """
         groups = 0 if nominal else size // columns * -(-columns // (self.group or columns)) if columns else 0
-        return size * self.bits + groups * (16 + (0 if self.symmetric else 16 if shift else self.bits))
+        return size * self.bits + groups * (16 + zero_bits(self.bits, symmetric=self.symmetric, shift=shift))
+
+
+def zero_bits(bits: int, *, symmetric: bool, shift: bool, wide: int = 16) -> int:
+    """What the zero of one group takes in store: a whole one `bits`, a floating one (`shift`) `wide`, that of a symmetric grid none."""
+    return 0 if symmetric else wide if shift else bits
 
 
 class Factorize(Record):

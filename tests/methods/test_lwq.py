@@ -115,6 +115,9 @@ def test_layers_one_by_one_and_tied_for_vllm(llama):
             assert tied.scores["model.layers.0.self_attn.q_proj"] == pytest.approx(mean)
     with pytest.raises(ConfigError, match="vLLM runs 2, 4 and 8 bits, not 3"):
         LWQ(levels="2,3,4", target="vllm")
+    with pytest.raises(ConfigError, match="8 bits with zeros"):
+        LWQ(levels="4,8", target="vllm", symmetric=False)
+    LWQ(levels="2,4", target="vllm", symmetric=False)
 
 
 def test_experts_of_a_block_are_one_for_vllm():

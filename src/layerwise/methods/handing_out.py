@@ -59,6 +59,10 @@ class BitSettings:
             raise ConfigError(
                 f'{self.owner}.levels="{self.levels}": vLLM runs 2, 4 and 8 bits, not {odd[0]}. Give levels=2,4,8 or some of them.'
             )
+        if self.target == "vllm" and 8 in chosen and not self.symmetric:
+            raise ConfigError(
+                f"{self.owner}.symmetric=false: vLLM has no kernel for 8 bits with zeros but on Hopper. Take symmetric=true, or levels=2,4."
+            )
 
     def check_words(self, field: str, words: Sequence[str]) -> None:
         """Raise ConfigError unless the field is one of these words."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
+from ..treatments import zero_bits
 
 
 @dataclass(frozen=True)
@@ -78,5 +79,4 @@ def true_bits(bits: int, group: int, *, symmetric: bool = False, shift: bool = F
     group: weights that share a scale (all inputs of a row, where rows have one scale). A whole zero takes `bits` bits, a float shift as
     many as the scale, a symmetric grid none.
     """
-    zero_bits = 0 if symmetric else scale_bits if shift else bits
-    return bits + (scale_bits + zero_bits) / group
+    return bits + (scale_bits + zero_bits(bits, symmetric=symmetric, shift=shift, wide=scale_bits)) / group
