@@ -1,10 +1,12 @@
 """How the codes of one side of a layer lie in memory, and how all of them are read at once: what a decoding step waits for.
 
-Both layouts take the same bytes. `Rows` is read by FBGEMM's own loop, which PyTorch has for quantised embeddings: on a CPU a pass over
-the codes, four times as fast as the same in tensor operations and equal to the last bit. `Planes` is for everything else.
+Both layouts take the same bytes. `Rows` is read by the loop that PyTorch has for quantised embeddings (FBGEMM's on x86): on a CPU one
+pass over the codes, four times as fast as tensor operations and equal to the last bit. `Planes` is for everything else; on CUDA a
+Triton kernel reads it in one pass.
 """
 
 from functools import cache
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -75,9 +77,8 @@ class Planes:
         batch, heads, tokens, width = packed.shape
         every = like.new_empty(batch, heads, tokens + room, width * 8 // self.bits)
         out = every.narrow(TOKENS, 0, tokens)
-        if out.is_cuda:  # one kernel, product and sum in float32
-            codes = self._grouped(unpack(packed, self.bits))
-            torch.addcmul(offset.float(), codes, scale.float(), out=self._grouped(out))
+        if out.is_cuda:
+            self._read_cuda(packed, scale, offset, out)
             return every
         # three passes over contiguous numbers: on a CPU twice as fast as one expression of three broadcast tensors
         exact = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
@@ -86,6 +87,15 @@ class Planes:
         if exact is not out:  # one rounding
             out.copy_(exact)
         return every
+
+    def _read_cuda(self, packed: Tensor, scale: Tensor, offset: Tensor, out: Tensor) -> None:
+        if _has_triton():
+            from .triton_read import read_into
+
+            read_into(out, packed, scale, offset, bits=self.bits, axis=self.axis, group=self.group)
+        else:  # product and sum in float32, one rounding
+            codes = self._grouped(unpack(packed, self.bits))
+            torch.addcmul(offset.float(), codes, scale.float(), out=self._grouped(out))
 
     def _grouped(self, part: Tensor) -> Tensor:
         split: Tensor = part.unflatten(self.axis, (-1, self.group))  # type: ignore[no-untyped-call]
@@ -97,6 +107,11 @@ def _unpack_rows(rows: Tensor, bits: int) -> Tensor:
     ops = torch.ops.quantized
     read: Tensor = (ops.embedding_bag_4bit_unpack if bits == 4 else ops.embedding_bag_2bit_unpack)(rows)
     return read
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 @cache
