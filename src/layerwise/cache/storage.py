@@ -6,7 +6,6 @@ Triton kernel reads it in one pass.
 """
 
 from functools import cache
-from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -89,7 +88,7 @@ class Planes:
         return every
 
     def _read_cuda(self, packed: Tensor, scale: Tensor, offset: Tensor, out: Tensor) -> None:
-        if _has_triton():
+        if _runs_triton():
             from .triton_read import read_into
 
             read_into(out, packed, scale, offset, bits=self.bits, axis=self.axis, group=self.group)
@@ -110,8 +109,18 @@ def _unpack_rows(rows: Tensor, bits: int) -> Tensor:
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _runs_triton() -> bool:
+    """Whether Triton is there and can build a kernel: it needs a C compiler when it runs."""
+    try:
+        from .triton_read import read_into
+
+        ones = torch.ones(1, 1, 1, 16, device="cuda", dtype=STORED)
+        read_into(
+            torch.empty_like(ones), ones.to(torch.uint8), ones[..., None], ones[..., None], bits=8, axis=-1, group=1
+        )
+    except Exception:  # whatever its compiler raises; tensor operations do the same
+        return False
+    return True
 
 
 @cache

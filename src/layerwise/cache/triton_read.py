@@ -24,25 +24,26 @@ def read_into(out: Tensor, packed: Tensor, scale: Tensor, offset: Tensor, *, bit
     down = 1 if axis == -1 else group  # tokens that do
     with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
         _read[(triton.cdiv(tokens, rows), batch * heads)](
-            out, packed.contiguous(), scale.contiguous(), offset.contiguous(), tokens, out.stride(1), channels,
-            channels // along, tokens // down, along, down, bits=bits, rows=rows, width=width,
+            out, packed.contiguous(), scale.contiguous(), offset.contiguous(), tokens, out.stride(1),
+            bits=bits, channels=channels, along=along, down=down, rows=rows, width=width,
         )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _read(  # type: ignore[no-untyped-def]
-    out, packed, scale, offset, tokens, out_head, channels, scales_row, scale_rows, along, down,
-    bits: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
+    out, packed, scale, offset, tokens, out_head, bits: tl.constexpr, channels: tl.constexpr, along: tl.constexpr,
+    down: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * rows + tl.arange(0, rows)[:, None]
     channel = tl.arange(0, width)[None, :]
     inside = (token < tokens) & (channel < channels)
     per_byte: tl.constexpr = 8 // bits
-    row_bytes = channels // per_byte
+    row_bytes: tl.constexpr = channels // per_byte
+    row_scales: tl.constexpr = channels // along
     byte = tl.load(packed + head * tokens * row_bytes + token * row_bytes + channel // per_byte, mask=inside, other=0)
     code = (byte >> ((channel % per_byte) * bits).to(tl.uint8)) & ((1 << bits) - 1)
-    at = head * scale_rows * scales_row + token // down * scales_row + channel // along
+    at = head * (tokens // down) * row_scales + token // down * row_scales + channel // along
     step = tl.load(scale + at, mask=inside, other=0).to(tl.float32)
     low = tl.load(offset + at, mask=inside, other=0).to(tl.float32)
     value = code.to(tl.float32) * step + low
