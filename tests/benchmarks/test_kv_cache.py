@@ -84,7 +84,7 @@ def test_the_whole_program_on_a_toy(tmp_path):
     assert [row[0] for row in table] == names
     rows = {row[0]: row[1:] for row in table}
     # 3 layers, one head of 16: 96 numbers a token; two 16-bit numbers for 16 are 2 bits more
-    assert rows["K4V2 per-token"][:3] == ["5.00", "60", f"{48 * 96 * 5 // 8:,}"]
+    assert rows["K4V2 per-token"][:3] == ["5.00", "60", f"{32 * 96 * 5 // 8 + 16 * 96 * 4:,}"]  # 16 of 48 wait
     assert rows["K4V2 kivi, group 16"][:2] == ["5.00", "60"]
     assert rows["K16V16 per-token"][:4] == ["16.00", "192", f"{48 * 96 * 4:,}", "0.0000"]
     assert rows["plain"][2] == f"{48 * 96 * 4:,}"
