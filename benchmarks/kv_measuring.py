@@ -6,6 +6,7 @@ Nothing but torch, so that it runs in a peer's environment too. A side gives a f
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from statistics import median
 from typing import Any
 
 import torch
@@ -40,17 +41,19 @@ def quality(model: nn.Module, windows: list[Tensor], make: MakeCache, step: int)
 def decoding(model: nn.Module, ids: Tensor, make: MakeCache, new: int) -> dict[str, float]:
     """ids (batch, context + new): all but the last `new` are the prompt, then one token a step, the same for every cache.
 
-    seconds: median of a step. bytes: held by the cache at the end.
+    seconds: median of a step. cpu_seconds: the same by the processor time of all threads, which other work on the machine disturbs
+    less. bytes: held by the cache at the end.
     """
-    context, cache, seconds = ids.shape[1] - new, make(), []
+    context, cache, seconds, cpu_seconds = ids.shape[1] - new, make(), [], []
     model(input_ids=ids[:, :context], past_key_values=cache, use_cache=True)
     for position in range(context, ids.shape[1]):
         _wait(ids.device)
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         model(input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True)
         _wait(ids.device)
         seconds.append(time.perf_counter() - started)
-    return {"seconds": sorted(seconds)[len(seconds) // 2], "bytes": held(cache)}
+        cpu_seconds.append(time.process_time() - cpu_started)
+    return {"seconds": median(seconds), "cpu_seconds": median(cpu_seconds), "bytes": held(cache)}
 
 
 def held(cache: Any) -> int:

@@ -31,6 +31,7 @@ def test_bytes_are_those_of_the_tensors_each_once():
         found["bytes"] == 3 * 2 * 2 * 2 * 20 * 8 * 4
     )  # layers, keys and values, batch, heads, tokens, channels, float32
     assert 0 < found["seconds"] < 10
+    assert 0 < found["cpu_seconds"] < 10
     cache = QuantizedKVCache.uniform(4, 2, model.config, mode="kivi", group=4, residual=4)
     assert decoding(model, ids, lambda: cache, new=4)["bytes"] == cache.nbytes == held(cache)
 
@@ -56,7 +57,7 @@ def test_quality_of_the_plain_cache_is_perfect():
     windows = [torch.arange(3, 20), torch.arange(30, 41)]
     plain = quality(model, windows, lambda: DynamicCache(config=model.config), step=4)
     assert plain["kl"] == pytest.approx(0, abs=1e-7)
-    cached = quality(model, windows, lambda: QuantizedKVCache.uniform(2, 2, model.config), step=4)
+    cached = quality(model, windows, lambda: QuantizedKVCache.uniform(2, 2, model.config, residual=0), step=4)
     assert cached["kl"] > 1e-3
     assert cached["perplexity"] != plain["perplexity"]
     losses = [
@@ -83,7 +84,7 @@ def test_the_whole_program_on_a_toy(tmp_path):
     assert [row[0] for row in table] == names
     rows = {row[0]: row[1:] for row in table}
     # 3 layers, one head of 16: 96 numbers a token; two 16-bit numbers for 16 are 2 bits more
-    assert rows["K4V2 per-token"][:3] == ["5.00", "60", f"{48 * 96 * 5 // 8:,}"]
+    assert rows["K4V2 per-token"][:3] == ["5.00", "60", f"{32 * 96 * 5 // 8 + 16 * 96 * 4:,}"]  # 16 of 48 wait
     assert rows["K4V2 kivi, group 16"][:2] == ["5.00", "60"]
     assert rows["K16V16 per-token"][:4] == ["16.00", "192", f"{48 * 96 * 4:,}", "0.0000"]
     assert rows["plain"][2] == f"{48 * 96 * 4:,}"
@@ -94,3 +95,22 @@ def test_the_whole_program_on_a_toy(tmp_path):
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "kv.jsonl").read_text().splitlines()[:-1] == lines[:-1]
     assert json.loads((tmp_path / "kv.jsonl").read_text().splitlines()[-1])["key"] == json.loads(lines[-1])["key"]
+
+
+def test_throughput_runs_as_a_toy_and_refuses_full_size_without_cuda(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "kv_throughput_gpu.py")]
+    small = ["--toy", "--caches", "plain,K4V4 per-token,K16V16 kivi", "--rounds", "1", "--context", "70", "--new", "4"]
+    done = subprocess.run(
+        [*command, *small, "--out", str(tmp_path / "kv.md")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {row["cache"]: row for row in map(json.loads, (tmp_path / "kv.jsonl").read_text().splitlines())}
+    # 2 layers, keys and values, 2 sequences, 2 heads of 64: 64 of 74 tokens in 4 bits with two 16-bit numbers, 10 in bfloat16
+    assert rows["K4V4 per-token"]["bytes"] == 2 * 2 * 2 * 2 * (64 * (32 + 4) + 10 * 128)
+    assert rows["plain"]["bytes"] == rows["K16V16 kivi"]["bytes"] == 2 * 2 * 2 * 2 * 74 * 128
+    assert rows["plain"]["change"] == rows["K16V16 kivi"]["change"] == 0 < rows["K4V4 per-token"]["change"] < 0.2
+    if not torch.cuda.is_available():
+        refused = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert refused.returncode == 1
+        assert refused.stderr.count("\n") == 1
+        assert "--toy" in refused.stderr

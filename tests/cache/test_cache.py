@@ -11,7 +11,7 @@ from layerwise.randomness import generator_for
 from models import MODELS, small_llama
 
 SCHEMES = {
-    "per-token": {},
+    "per-token": {"residual": 0},
     "kivi": {"mode": "kivi", "group": 4, "residual": 4},
     "per-token, residual": {"residual": 5},
     "kivi, long residual": {"mode": "kivi", "group": 4, "residual": 10},
@@ -77,7 +77,7 @@ def test_fewer_bits_move_predictions_further(model):
     logits(model, prompt, plain)
     exact, errors = logits(model, next_, plain), []
     for bits in (8, 4, 2):
-        cache = QuantizedKVCache.uniform(bits, bits, model.config)
+        cache = QuantizedKVCache.uniform(bits, bits, model.config, residual=0)
         logits(model, prompt, cache)
         errors.append((logits(model, next_, cache) - exact).abs().mean())
     assert 0 < 4 * errors[0] < errors[1]
@@ -108,7 +108,7 @@ def test_what_is_stored_does_not_depend_on_how_the_tokens_come(scheme):
     for token in range(23):
         by_one.update(keys[:, :, [token]], values[:, :, [token]], 0)
     for a, b in zip(at_once.layers[0].sides, by_one.layers[0].sides):
-        assert len(a.tensors()) == 4
+        assert a.coded
         assert all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors()))
 
 
@@ -164,13 +164,13 @@ def test_bytes_worked_by_hand():
 
 def test_every_layer_has_its_own_bits(model):
     pairs = [(16, 16), (8, 4), (2, 2)]
-    cache = QuantizedKVCache(pairs, config=model.config)
+    cache = QuantizedKVCache(pairs, config=model.config, residual=0)
     generate(model, ids(2, 9), cache)
     assert {layer.get_seq_length() for layer in cache.layers} == {9 + 15}  # the last token is not fed back
     assert [layer.nbytes for layer in cache.layers] == [
         cache_bytes([pair], cache.scheme, 24, KV_HEADS, HEAD, batch=2, exact=4) for pair in pairs
     ]
-    assert cache.name == "K8.66667V7.33333 per-token"
+    assert cache.name == "K8.66667V7.33333 per-token, residual 0"
 
 
 def test_a_batch_padded_on_the_left_is_each_sequence_by_itself(model):
@@ -178,7 +178,7 @@ def test_a_batch_padded_on_the_left_is_each_sequence_by_itself(model):
     long, short = ids(1, 9), ids(1, 5, seed=1)
     prompt = torch.cat([long, torch.cat([torch.zeros(1, 4, dtype=torch.long), short], dim=1)])
     mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
-    cache = QuantizedKVCache.uniform(4, 4, model.config)
+    cache = QuantizedKVCache.uniform(4, 4, model.config, residual=4)
     both = generate(model, prompt, cache, attention_mask=mask)
     for row, alone in ((both[0], long), (both[1], short)):
         assert torch.equal(row[9:], generate(model, alone, cache.fresh())[0, alone.shape[1] :])
@@ -218,7 +218,7 @@ def test_a_conversation_goes_on(model, scheme):
     parts = torch.cat([logits(model, part, cache) for part in whole.split((6, 1, 7), dim=1)], dim=1)
     assert cache.get_seq_length() == 14
     at_once = logits(model, whole, cache.fresh())
-    assert torch.allclose(parts, at_once, atol=1e-5) == (not scheme)
+    assert torch.allclose(parts, at_once, atol=1e-5) == (scheme == SCHEMES["per-token"])
     first = generate(model, whole, cache := cache.fresh(), new=4)
     again = torch.cat([first, ids(2, 3, seed=2)], dim=1)
     assert torch.equal(generate(model, again, cache, new=4)[:, :21], again)
@@ -266,10 +266,10 @@ def test_cropping_into_a_group_of_tokens_leaves_its_rest_as_it_was_read():
     assert (cache.layers[0].sides[1].coded, cache.layers[0].sides[1].tokens) == (4, 6)
     cache.crop(-3)
     assert [side.coded for side in cache.layers[0].sides] == [0, 3]  # a token's values have scales of their own
-    codes = cache.layers[0].sides[1].packed
+    codes = cache.layers[0].sides[1].parts[0]
     cache.update(keys[:, :, :6], values[:, :, :6], 0)
     assert [side.tokens for side in cache.layers[0].sides] == [9, 9]
-    assert torch.equal(cache.layers[0].sides[1].packed[:, :, :3], codes)
+    assert torch.equal(cache.layers[0].sides[1].parts[0][:, :, :3], codes)
     cache.crop(-3)
     cache.crop(-6)
     assert cache.get_seq_length() == cache.nbytes == 0
@@ -311,13 +311,14 @@ def test_what_is_no_number_is_named():
     keys, values = states(3)
     keys[0, 0, 1, 2] = float("nan")
     with pytest.raises(StatisticsError, match=r"keys of layer 0: a number is not finite, or larger than 16 bits hold"):
-        QuantizedKVCache([(4, 4)]).update(keys, values, 0)
+        QuantizedKVCache([(4, 4)], residual=0).update(keys, values, 0)
     with pytest.raises(StatisticsError, match=r"values of layer 0: .* \(65504\)"):
-        QuantizedKVCache([(4, 4)]).update(values, values * 1e6, 0)
+        QuantizedKVCache([(4, 4)], residual=0).update(values, values * 1e6, 0)
 
 
 def test_gradients_stop_at_the_codes():
     keys, values = (state.requires_grad_() for state in states(3))
-    cache = QuantizedKVCache([(4, 4)])
+    cache = QuantizedKVCache([(4, 4)], residual=0)
     cache.update(keys, values, 0)
-    assert not any(part.requires_grad for side in cache.layers[0].sides for part in side.tensors()[:3])
+    assert cache.layers[0].sides[0].parts
+    assert not any(part.requires_grad for side in cache.layers[0].sides for part in side.parts)

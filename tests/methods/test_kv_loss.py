@@ -24,7 +24,7 @@ def batches(count=2, rows=2, tokens=12):
 
 
 def cache(model, bits, prefill=True):
-    return lambda: QuantizedKVCache.uniform(bits, bits, model.config, quantize_prefill=prefill)
+    return lambda: QuantizedKVCache.uniform(bits, bits, model.config, residual=0, quantize_prefill=prefill)
 
 
 def by_hand(full, other):

@@ -41,7 +41,7 @@ class QuantizedKVCache(Cache):  # type: ignore[misc]
         config: Any = None,
     ) -> None:
         self.pairs = tuple((int(keys), int(values)) for keys, values in pairs)
-        self.scheme = Scheme(mode, group, residual)
+        self.scheme = Scheme(mode, group, residual, quantize_prefill)
         self.quantize_prefill, self.config = quantize_prefill, config
         if not self.pairs:
             raise ConfigError("pairs is empty: give (bits of keys, bits of values) for every decoder layer.")

@@ -2,7 +2,7 @@
 
 | mode        | keys                                   | values                               | residual |
 |-------------|----------------------------------------|--------------------------------------|----------|
-| per-token   | the channels of one token of one head  | the same                             | 0        |
+| per-token   | the channels of one token of one head  | the same                             | 32       |
 | kivi        | `group` tokens of one channel          | `group` channels of one token        | 32       |
 """
 
@@ -16,7 +16,9 @@ from .quantizers import BITS, STORED
 
 Pair = tuple[int, int]  # bits of keys, bits of values
 FULL: Pair = (16, 16)
-_KIVI_GROUP = _KIVI_RESIDUAL = 32
+_KIVI_GROUP = 32
+_RESIDUAL = 32
+_UNIT = 32  # tokens that mode per-token writes at a time
 _PARAMETERS = 2 * STORED.itemsize  # bytes of the scale and the offset of a group
 
 
@@ -52,14 +54,18 @@ class Grouping:
 class Scheme:
     """One for the whole cache. group, residual: None for the mode's own (see the table).
 
-    residual: the most recent tokens that stay in full precision. In mode "kivi" a whole group of tokens is written at a time: of the
-    keys `residual` - `group` to `residual` - 1 tokens stay, of the values `residual` to `residual` + `group` - 1. (KIVI writes
-    values token by token; a group at a time takes fewer steps and keeps a few more tokens exact.) Raises ConfigError.
+    residual: recent tokens that stay in full precision, since a unit of tokens is written at a time, which is what makes decoding fast.
+    In mode "per-token" a unit is 32 tokens (all, where the residual is smaller): `residual` - unit to `residual` - 1 tokens stay; with 0
+    every token is written in its own step. In mode "kivi" it is a group: of the keys `residual` - `group` to `residual` - 1 tokens stay,
+    of the values `residual` to `residual` + `group` - 1. (KIVI writes values token by token; so a few more stay exact.)
+    quantize_prefill: of the cache that has this scheme; mode "per-token" then has no residual of its own, so that every token is
+    attended to as it is stored. Raises ConfigError.
     """
 
     mode: CacheMode = "per-token"
     group: int | None = None
     residual: int | None = None
+    quantize_prefill: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in ("per-token", "kivi"):
@@ -78,20 +84,21 @@ class Scheme:
     def window(self) -> int:
         """The residual, the mode's own where none was given."""
         if self.residual is None:
-            return _KIVI_RESIDUAL if self.mode == "kivi" else 0
+            return 0 if self.mode == "per-token" and self.quantize_prefill else _RESIDUAL
         return self.residual
 
     def keys(self, channels: int) -> Grouping:
         """How keys of so many channels are grouped."""
+        size = self._size(channels)
         if self.mode == "kivi":
-            size = self._size(channels)
             return Grouping(-2, size, size, self.window - size)
-        return self.values(channels)
+        unit = min(_UNIT, max(self.window, 1))
+        return Grouping(-1, size, unit, max(self.window - unit, 0))
 
     def values(self, channels: int) -> Grouping:
         """How values of so many channels are grouped."""
         size = self._size(channels)
-        return Grouping(-1, size, size if self.mode == "kivi" else 1, self.window)
+        return Grouping(-1, size, size, self.window) if self.mode == "kivi" else self.keys(channels)
 
     def check(self, pair: Pair, keys: int, values: int, where: str = "") -> None:
         """Raise ConfigError or ShapeError unless heads of so many channels can be held in these bits. where: begins the message."""

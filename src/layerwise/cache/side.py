@@ -6,30 +6,30 @@ import torch
 from torch import Tensor
 
 from ..errors import StatisticsError
-from .quantizers import STORED, pack, quantize, unpack
+from .quantizers import STORED
 from .scheme import Grouping
+from .storage import TOKENS, Parts, layout_of
 
-TOKENS = 2  # the axis of tokens, in codes, scales, offsets and recent tokens alike
+_ROOM = 32  # tokens
 
 
 class Side:
     """(batch, heads, tokens, channels), in two parts. All tensors own their memory: none is a view of a longer one.
 
-    packed (batch, heads, coded tokens, bytes), scale and offset (as of `Quantized`, 16 bits): None until something is quantised.
-    recent (batch, heads, other tokens, channels): in the model's dtype; the only part when bits is 16. name: for messages.
+    parts: codes, scales and offsets, as the layout has them; empty until something is quantised. recent (batch, heads, other tokens,
+    channels): in the model's dtype; the only part when bits is 16. name: for messages.
     """
 
     def __init__(self, bits: int, grouping: Grouping, like: Tensor, name: str) -> None:
         self.bits, self.grouping, self.name = bits, grouping, name
-        self.packed: Tensor | None = None
-        self.scale: Tensor | None = None
-        self.offset: Tensor | None = None
+        self.layout = layout_of(bits, grouping, like)
+        self.parts: Parts = ()
         self.recent = like.new_empty((*like.shape[:TOKENS], 0, like.shape[-1]))
 
     @property
     def coded(self) -> int:
         """Tokens that are held as codes."""
-        return 0 if self.packed is None else self.packed.shape[TOKENS]
+        return self.parts[0].shape[TOKENS] if self.parts else 0
 
     @property
     def tokens(self) -> int:
@@ -48,7 +48,7 @@ class Side:
 
     def tensors(self) -> list[Tensor]:
         """Everything that takes memory."""
-        return [part for part in (self.packed, self.scale, self.offset, self.recent) if part is not None]
+        return [*self.parts, self.recent]
 
     def add(self, new: Tensor, *, first: bool, hold: bool) -> Tensor:
         """Take `new` tokens in; returns all (batch, heads, tokens, channels) to attend to, in the dtype of `new`.
@@ -81,7 +81,7 @@ class Side:
             return
         unit = self.grouping.unit if self.grouping.axis == -TOKENS else 1  # else every token has scales of its own
         coded, whole = self.coded, left // unit * unit
-        rest = self.recent if left == whole else self._read(self.recent.dtype)
+        rest = self.recent if left == whole else self.layout.read(self.parts, 0, self.recent)
         self.recent = _owned(rest.narrow(TOKENS, min(whole, rest.shape[TOKENS]), left - whole))
         self._map(lambda part: _owned(part.narrow(TOKENS, 0, part.shape[TOKENS] * whole // coded)))
 
@@ -93,9 +93,8 @@ class Side:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change codes, scales and offsets alike, if there are any."""
-        if self.packed is not None and self.scale is not None and self.offset is not None:
-            packed, scale, offset = change(self.packed), change(self.scale), change(self.offset)
-            self.packed, self.scale, self.offset = (packed, scale, offset) if packed.shape[TOKENS] else (None,) * 3
+        changed = tuple(change(part) for part in self.parts)
+        self.parts = changed if changed and changed[0].shape[TOKENS] else ()
 
     def _take(self, waiting: Tensor, *, mine: bool = True) -> None:
         """Of the tokens that wait quantise what is due; the others are the recent ones. mine: nobody else holds this tensor."""
@@ -108,50 +107,25 @@ class Side:
         self.recent = _owned(waiting.narrow(TOKENS, due, waiting.shape[TOKENS] - due))
 
     def _append(self, states: Tensor) -> None:
-        states = states.detach()  # the past carries no gradient
-        found = quantize(states, self.bits, axis=self.grouping.axis, group=self.grouping.group)
+        parts, finite = self.layout.write(states.detach())  # the past carries no gradient
         asked = states.device.type == "cpu" or states.shape[TOKENS] > 1  # else every step waits for the accelerator
-        if asked and not (found.scale + found.offset).isfinite().all():
+        if asked and not finite.isfinite().all():
             raise StatisticsError(
                 f"{self.name}: a number is not finite, or larger than 16 bits hold ({torch.finfo(STORED).max:.0f})."
                 " Check the weights for NaN, or leave this layer at 16 bits."
             )
-        parts = (pack(found.codes, self.bits), found.scale.to(STORED), found.offset.to(STORED))
-        if self.packed is None or self.scale is None or self.offset is None:
-            self.packed, self.scale, self.offset = parts
-        else:
-            held = (self.packed, self.scale, self.offset)
-            self.packed, self.scale, self.offset = (
-                torch.cat([old, new], dim=TOKENS) for old, new in zip(held, parts, strict=True)
-            )
+        held = self.parts
+        self.parts = tuple(torch.cat(pair, dim=TOKENS) for pair in zip(held, parts, strict=True)) if held else parts
 
     def _joined(self, rest: Tensor) -> Tensor:
         """The coded tokens and then the rest, in the dtype of `rest`."""
-        coded = self.coded
+        coded, more = self.coded, rest.shape[TOKENS]
         if not coded:
             return rest
-        every = rest.new_empty((*rest.shape[:TOKENS], coded + rest.shape[TOKENS], rest.shape[-1]))
-        every.narrow(TOKENS, coded, rest.shape[TOKENS]).copy_(rest)
-        if every.dtype == torch.float32:
-            self._read_into(every.narrow(TOKENS, 0, coded))
-        else:  # product and sum in float32, one rounding
-            every.narrow(TOKENS, 0, coded).copy_(self._read(torch.float32))
-        return every
-
-    def _read(self, dtype: torch.dtype) -> Tensor:
-        """The coded tokens, (batch, heads, coded tokens, channels)."""
-        out = self.recent.new_empty(
-            (*self.recent.shape[:TOKENS], self.coded, self.recent.shape[-1]), dtype=torch.float32
-        )
-        self._read_into(out)
-        return out.to(dtype)
-
-    def _read_into(self, out: Tensor) -> None:
-        """Three passes over contiguous numbers: on a CPU twice as fast as one expression of three broadcast tensors."""
-        assert self.packed is not None and self.scale is not None and self.offset is not None  # noqa: S101, PT018
-        out.copy_(unpack(self.packed, self.bits))
-        grouped: Tensor = out.unflatten(self.grouping.axis, (-1, self.grouping.group))  # type: ignore[no-untyped-call]
-        grouped.mul_(self.scale.float()).add_(self.offset.float())
+        # room in steps, so that an allocator gives the same memory again in step after step
+        every = self.layout.read(self.parts, -(-more // _ROOM) * _ROOM, rest)
+        every.narrow(TOKENS, coded, more).copy_(rest)
+        return every.narrow(TOKENS, 0, coded + more)
 
 
 def _owned(part: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The attentions of a model whose cache can be quantised, what they store, and the choices that KVTuner has for them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import lcm
 from typing import TYPE_CHECKING, Literal, cast
@@ -80,9 +80,10 @@ class Layers:
 
     def notes(self, space: Space, choices: Sequence[int]) -> tuple[str, ...]:
         """What a reader of the plan should know."""
+        window = replace(self.scheme, quantize_prefill=False).window  # in use
         found = [
             f"{len(self.names)} attentions in {len(space.members)} groups, {space.size:.3g} choices of"
-            f" {len(choices) ** 2}^{len(self.names)}; bits do not count the tokens that stay in full precision ({self.scheme.window})."
+            f" {len(choices) ** 2}^{len(self.names)}; bits do not count the tokens that stay in full precision ({window})."
         ]
         if len(self.names) < self.total:
             found.append(
@@ -98,7 +99,10 @@ def layers_of(model: nn.Module, batch: Batch, treatment: CacheBits, nominal: boo
     from ..cache import Scheme
     from ..cache import models as known
 
-    config, scheme = decoder_config(model), Scheme(treatment.mode, treatment.group, treatment.residual)
+    config, scheme = (
+        decoder_config(model),
+        Scheme(treatment.mode, treatment.group, treatment.residual, quantize_prefill=True),
+    )
     known.stock_layers(known.decoder_config(model.config))  # its errors
     cache = DynamicCache(config=config)
     call(Cached(model, lambda: cache), {name: value[:1] for name, value in batch.items()})
