@@ -132,6 +132,20 @@ def test_the_kernel_of_triton_reads_what_planes_do(bits, axis, group, channels, 
     assert (got[:, :, 40:] == 7).all()
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("axis", "group", "channels"), [(-1, 16, 48), (-2, 8, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensor_operations_alone_read_the_same(bits, axis, group, channels, dtype):
+    """What CUDA falls back to where Triton cannot be used."""
+    x = states(2, 3, 40, channels)
+    planes = Planes(bits, axis, group)
+    parts, _ = planes.write(x)
+    every = torch.full((2, 3, 72, channels), 7, dtype=dtype)
+    planes.read_by_tensors(*parts, every[:, :, :40])
+    assert torch.equal(every[:, :, :40], planes.read(parts, 0, every))
+    assert (every[:, :, 40:] == 7).all()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("mode", ["per-token", "kivi"])

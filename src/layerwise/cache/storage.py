@@ -88,13 +88,17 @@ class Planes:
         return every
 
     def _read_cuda(self, packed: Tensor, scale: Tensor, offset: Tensor, out: Tensor) -> None:
-        if _runs_triton():
+        if _triton_reads(self.bits, self.axis, self.group):
             from .triton_read import read_into
 
             read_into(out, packed, scale, offset, bits=self.bits, axis=self.axis, group=self.group)
-        else:  # product and sum in float32, one rounding
-            codes = self._grouped(unpack(packed, self.bits))
-            torch.addcmul(offset.float(), codes, scale.float(), out=self._grouped(out))
+        else:
+            self.read_by_tensors(packed, scale, offset, out)
+
+    def read_by_tensors(self, packed: Tensor, scale: Tensor, offset: Tensor, out: Tensor) -> None:
+        """Product and sum in float32, one rounding. out: (batch, heads, tokens, channels)."""
+        codes = self._grouped(unpack(packed, self.bits))
+        self._grouped(out).copy_(torch.addcmul(offset.float(), codes, scale.float()))
 
     def _grouped(self, part: Tensor) -> Tensor:
         split: Tensor = part.unflatten(self.axis, (-1, self.group))  # type: ignore[no-untyped-call]
@@ -109,18 +113,20 @@ def _unpack_rows(rows: Tensor, bits: int) -> Tensor:
 
 
 @cache
-def _runs_triton() -> bool:
-    """Whether Triton is there and can build a kernel: it needs a C compiler when it runs."""
+def _triton_reads(bits: int, axis: int, group: int) -> bool:
+    """Whether Triton is there, can build the kernel (it needs a C compiler when it runs), and the kernel reads as it should."""
+    planes, tokens, channels = Planes(bits, axis, group), 3 * (group if axis == -2 else 1), 2 * group
+    states = torch.arange(2 * tokens * channels, device="cuda").view(1, 2, tokens, channels).sin() * 4
+    (packed, scale, offset), _ = planes.write(states)
+    plain, read = torch.empty_like(states), torch.empty_like(states)
+    planes.read_by_tensors(packed, scale, offset, plain)
     try:
         from .triton_read import read_into
 
-        ones = torch.ones(1, 1, 1, 16, device="cuda", dtype=STORED)
-        read_into(
-            torch.empty_like(ones), ones.to(torch.uint8), ones[..., None], ones[..., None], bits=8, axis=-1, group=1
-        )
+        read_into(read, packed, scale, offset, bits=bits, axis=axis, group=group)
     except Exception:  # whatever its compiler raises; tensor operations do the same
         return False
-    return True
+    return torch.allclose(read, plain, atol=1e-5)
 
 
 @cache
