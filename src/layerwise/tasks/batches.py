@@ -57,6 +57,16 @@ def count_samples(data: Sequence[Batch]) -> int:
     return sum(next((int(value.shape[0]) for value in batch.values() if value.ndim), 1) for batch in data)
 
 
+def single_samples(data: Sequence[Batch], samples: int | None = None) -> list[Batch]:
+    """The first `samples` samples (None: all) as batches of one; what has not one row for each sample goes whole with every one."""
+    singles: list[Batch] = []
+    for batch in data:
+        rows = count_samples([batch])
+        for row in range(rows if samples is None else min(rows, samples - len(singles))):
+            singles.append({k: v[row : row + 1] if v.ndim and len(v) == rows else v for k, v in batch.items()})
+    return singles
+
+
 def call(model: nn.Module, batch: Batch) -> object:
     """One forward pass of the real model, KV cache off where the model knows the word. Tensors go to `model`'s device.
 
