@@ -33,6 +33,7 @@ from ..treatments import kept_text
 from .assemble import block_of, dividing, found, named_plan
 from .base import check_sparsities, needed
 from .block_costs import BlockCosts, Cost, costs_of
+from .block_errors import measured_curves
 from .lpvit_reference import reference_plan
 
 Target = Literal["loss", "outputs"]
@@ -57,6 +58,7 @@ class LPViT:
     target: Target = "loss"  # what is differentiated: the task's loss (labels), or the mean squared output (none)
     order: Order = "single"  # blocks by what each costs alone, or greedily by what it adds
     samples: int = 256  # of the data, a backward pass each
+    measured: int = 0  # of them, forward passes at seven shares of every layer that set its curve right; 0: none
     indivisible: Literal["error", "dense"] = "error"  # layers that the block does not divide: refuse, or leave out
     min_sparsity: float = 0.0  # of every layer, in blocks
     max_sparsity: float = 0.95
@@ -75,8 +77,10 @@ class LPViT:
                 raise ConfigError(f'LPViT.{field}="{getattr(self, field)}": give {", ".join(words)}.')
         if not 0 <= self.energy <= 1:
             raise ConfigError(f"LPViT.energy={self.energy:g}: give the share of energy in the cost, 0 to 1.")
-        if self.samples < 1:
-            raise ConfigError(f"LPViT.samples={self.samples}: give at least 1.")
+        if self.samples < 1 or self.measured < 0:
+            raise ConfigError(
+                f"LPViT.samples={self.samples}, measured={self.measured}: give at least 1 sample, and 0 or more measured."
+            )
         if self.reference and self.cost != "macs":
             raise ConfigError(f"LPViT.cost={self.cost}: reference counts macs alone. Leave one of them out.")
 
@@ -101,6 +105,8 @@ class LPViT:
             return self._blind(model, structure, costs)
         orders = {name: fisher_order(of, self.order == "greedy") for name, of in z.items()}
         curves = {name: fisher_curve(of, orders[name]).tolist() for name, of in z.items()}
+        if self.measured:
+            curves = measured_curves(model, data, layers, orders, curves, shape, self.measured)
         counts = self._counts(curves, costs)
         prunes = {name: prune_of(self.pattern, order, counts[name]) for name, order in orders.items()}
         scores = {name: float(of.double().square().mean()) / 2 for name, of in z.items()}
