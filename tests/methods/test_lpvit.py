@@ -114,6 +114,20 @@ def test_convolutions_in_groups_and_experts_are_blocks_too():
         assert zeros == plan.zeros(structure.layers)
 
 
+@pytest.mark.parametrize("solver", [Magnitude(), SparseGPT()])
+def test_a_budget_that_takes_nothing_leaves_every_bit(solver):
+    model = MODELS["timm_vit"]()
+    data = data_for("timm_vit", model)
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight[0, 0] = -0.0
+    before = copy.deepcopy(model.state_dict())
+    plan = LPViT(sparsity=0.0, pattern=BLOCK).plan(model, data)
+    assert all(set(entry.prune.kept) == {"f"} for entry in plan.layers.values())
+    compress(model, plan, solver=solver, data=data)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value.view(torch.int32), before[key].view(torch.int32))
+
+
 def test_dead_block_rows_are_reported():
     model = MODELS["timm_vit"]()
     data = data_for("timm_vit", model)
