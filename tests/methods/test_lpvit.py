@@ -283,8 +283,10 @@ def test_bad_settings_are_refused(bad, words):
 def test_what_cannot_be_saved_is_said():
     model = MODELS["timm_vit"]()
     data = data_for("timm_vit", model)
-    with pytest.raises(BudgetError, match="whole units can save"):
+    with pytest.raises(BudgetError, match=r"of the macs can go \(max_sparsity=0\.3\), target 0\.5"):
         LPViT(sparsity=0.5, pattern=BLOCK, max_sparsity=0.3).plan(model, data)
+    with pytest.raises(BudgetError, match=r"of the energy can go .* moved all the same\), target 0\.9"):
+        LPViT(sparsity=0.9, pattern=BLOCK, cost="energy").plan(model, data)
     with pytest.raises(BudgetError, match=r"Raise max_sparsity to 0\.5"):
         LPViT(sparsity=0.5, pattern=BLOCK, cost="weights", max_sparsity=0.3).plan(model, data)
 

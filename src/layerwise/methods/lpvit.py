@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..allocate import check_feasible, energy_table, hull_counts
-from ..errors import ConfigError
+from ..errors import BudgetError, ConfigError
 from ..plan import Budget, Plan, Prune
 from ..scores import block_fisher, fisher_curve, fisher_order, squared_outputs
 from ..structure import Structure
@@ -115,10 +115,15 @@ class LPViT:
     def _counts(self, curves: Mapping[str, Sequence[float]], costs: BlockCosts) -> dict[str, int]:
         """Blocks that go, by layer."""
         low, high = limits(costs.blocks, self.min_sparsity, self.max_sparsity)
-        wanted = costs.to_save(self.cost, self.sparsity)
-        return hull_counts(
-            curves, costs.each(self.cost), wanted, worth=costs.mixed(self.cost, self.energy), low=low, high=high
-        )
+        wanted, total, each = costs.to_save(self.cost, self.sparsity), costs.total(self.cost), costs.each(self.cost)
+        room = math.fsum(each[name] * most for name, most in high.items())
+        if wanted > room * (1 + 1e-9):
+            moved = ", and inputs and outputs are moved all the same" if self.cost == "energy" else ""
+            raise BudgetError(
+                f"{room / total:.4g} of the {self.cost} can go (max_sparsity={self.max_sparsity:g}{moved}), target {self.sparsity:g}."
+                " Raise max_sparsity, or lower the sparsity."
+            )
+        return hull_counts(curves, each, wanted, worth=costs.mixed(self.cost, self.energy), low=low, high=high)
 
     def _blind(self, model: nn.Module, structure: Structure, costs: BlockCosts) -> Plan:
         """Statistics that say nothing: the same share of blocks everywhere, which ones being the solver's business."""
