@@ -10,7 +10,7 @@ from torch import nn
 
 from layerwise.allocate import energy_table
 from layerwise.engine import compress
-from layerwise.errors import BudgetError, ConfigError, ScoreError, ShapeError
+from layerwise.errors import BudgetError, ConfigError, ModelError, ScoreError, ShapeError
 from layerwise.methods import LPViT, Uniform
 from layerwise.methods.block_costs import costs_of
 from layerwise.plan import Plan
@@ -289,6 +289,12 @@ def test_what_cannot_be_saved_is_said():
         LPViT(sparsity=0.9, pattern=BLOCK, cost="energy").plan(model, data)
     with pytest.raises(BudgetError, match=r"Raise max_sparsity to 0\.5"):
         LPViT(sparsity=0.5, pattern=BLOCK, cost="weights", max_sparsity=0.3).plan(model, data)
+
+
+def test_a_model_that_is_not_in_memory_is_refused():
+    model = MODELS["timm_vit"]()
+    with pytest.raises(ModelError, match="LPViT needs the whole model in memory"):
+        LPViT(pattern=BLOCK).plan(model.to("meta"), data_for("timm_vit", model))
 
 
 def test_both_ways_to_write_a_block_are_one():

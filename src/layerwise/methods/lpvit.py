@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..allocate import check_feasible, energy_table, hull_counts
 from ..errors import BudgetError, ConfigError
+from ..passes import check_whole
 from ..plan import Budget, Plan, Prune
 from ..scores import block_fisher, fisher_curve, fisher_order, squared_outputs
 from ..structure import Structure
@@ -87,10 +88,11 @@ class LPViT:
     def plan(self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None) -> Plan:
         """Blocks of every layer. `sparsity` is of the cost of these layers, met within one block.
 
-        Raises ShapeError naming layers that the block does not divide, ConfigError for an energy table that cannot be read, and what
-        `scores.block_fisher` raises.
+        Raises ShapeError naming layers that the block does not divide, BudgetError saying what can go, ModelError for a streamed model,
+        ConfigError for an energy table that cannot be read, and what `scores.block_fisher` raises.
         """
         structure, data = found(model, structure), needed("LPViT", data)
+        check_whole(model, "LPViT")
         shape, table = block_of("LPViT", self.pattern), energy_table(self.energy_table)
         layers = dividing(structure, Prune(sparsity=0.0, pattern=self.pattern), self.indivisible)
         if self.cost == "weights":  # before the work
