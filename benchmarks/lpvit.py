@@ -62,8 +62,12 @@ WAYS = {
     ),
     "lpvit": Way("LPViT", lambda s, p: LPViT(sparsity=s, pattern=p), Magnitude()),
     "greedy": Way("LPViT, order=greedy", lambda s, p: LPViT(sparsity=s, pattern=p, order="greedy"), Magnitude(), False),
+    "measured": Way("LPViT, measured=32", lambda s, p: LPViT(sparsity=s, pattern=p, measured=32), Magnitude()),
     "lpvit-sparsegpt": Way(
         "LPViT's blocks, made up for by sparsegpt", lambda s, p: LPViT(sparsity=s, pattern=p), SparseGPT()
+    ),
+    "measured-sparsegpt": Way(
+        "the same, measured=32", lambda s, p: LPViT(sparsity=s, pattern=p, measured=32), SparseGPT()
     ),
 }
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from layerwise.errors import ConfigError, DataError, ScoreError
 from layerwise.scores import block_fisher, block_products, fisher_cost, fisher_curve, fisher_order, squared_outputs
 from layerwise.structure import as_matrices, parameter_of, structure_of
-from layerwise.tasks.batches import Batches, single_samples
+from layerwise.tasks.batches import Batches, exactly, single_samples
 from layerwise.tasks.losses import loss_of
 from models import MODELS, inputs_for
 
@@ -151,3 +151,7 @@ def test_single_samples_share_what_is_not_per_sample():
     assert [one["x"].tolist() for one in singles] == [[[0, 1]], [[2, 3]], [[4, 5]], [[0, 1]]]
     assert singles[0]["grid"] is batch["grid"]
     assert singles[3]["scale"] is batch["scale"]
+    cut = exactly([batch, batch], 4)
+    assert [len(one["x"]) for one in cut] == [3, 1]
+    assert cut[1]["grid"] is batch["grid"]
+    assert [len(one["x"]) for one in exactly([batch, batch], 9)] == [3, 3]

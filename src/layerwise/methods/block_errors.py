@@ -15,7 +15,7 @@ from ..scores import tell
 from ..solvers.select import expanded
 from ..structure import Layer, as_matrices, from_matrices, parameter_of
 from ..tasks import Batch, Yardstick, undisturbed
-from ..tasks.batches import first_samples
+from ..tasks.batches import exactly
 
 SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
 
@@ -36,7 +36,7 @@ def measured_curves(
     """
     found = {}
     with undisturbed([model]):
-        yardstick = Yardstick(model, first_samples(data, samples))
+        yardstick = Yardstick(model, exactly(data, samples))
         for place, layer in enumerate(layers):
             tell(place, len(layers), layer.name)
             weight, order = parameter_of(model, layer), orders[layer.name]
