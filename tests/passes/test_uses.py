@@ -65,4 +65,4 @@ def test_the_model_is_left_alone_and_bad_batches_are_said():
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())
     with pytest.raises(WalkError, match="cannot run on batch 0"):
-        uses_of(model, structure, {"pixel_values": torch.zeros(1, 3, 5, 5)})
+        uses_of(model, structure, {"pixel_values": torch.zeros(1, 2, 16, 16)})
