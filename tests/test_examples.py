@@ -115,3 +115,16 @@ def test_kv_cache_bits(capsys: pytest.CaptureFixture[str]):
     assert "true bits   KL" in out
     assert "def read_lines(path):" in out
     assert len(search.plan.layers) == 8
+
+
+def test_block_vit_wins_back_what_blocks_cost(capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("sklearn")
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = example("block_vit").main()
+    assert found["dense"] > 0.9
+    assert found["tuned"] > found["dense"] - 0.04
+    assert found["block-sparse"] == found["tuned"]
+    assert "by the energy model" in capsys.readouterr().out

@@ -170,7 +170,7 @@ def test_numpy_numbers_become_plain_ones():
         ("{prune: {sparsity: '0.5'}}", "prune.sparsity '0.5': give the fraction removed, 0 <= sparsity <= 1."),
         ("{prune: {}}", '"prune.sparsity" is missing: give the fraction removed, 0 <= sparsity <= 1.'),
         ("{prune: {sparsty: 0.5, sparsity: 0.5}}", 'unknown key "prune.sparsty". Did you mean "sparsity"?'),
-        ("{prune: {zzz: 0.5, sparsity: 0.5}}", 'unknown key "prune.zzz". Known keys: sparsity, pattern.'),
+        ("{prune: {zzz: 0.5, sparsity: 0.5}}", 'unknown key "prune.zzz". Known keys: sparsity, pattern, kept.'),
         ("{purne: {sparsity: 0.5}}", 'unknown key "purne". Did you mean "prune"?'),
         ("{prune: {sparsity: 0.5, pattern: 4:2}}", "prune.pattern '4:2': write unstructured, row, column, n:m with 0 < n <= m"),
         ("{prune: {sparsity: 0.5, pattern: block(0x4)}}", "prune.pattern 'block(0x4)': write unstructured, row, column"),

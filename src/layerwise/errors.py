@@ -70,6 +70,10 @@ class SolveError(LayerwiseError):
     """A solver failed on one layer (a factorisation, a non-finite weight)."""
 
 
+class TrainError(LayerwiseError):
+    """Training went wrong on the way, such as a loss that is not finite."""
+
+
 class WalkError(LayerwiseError):
     """The model does something that paused forward passes cannot follow."""
 

@@ -42,7 +42,8 @@ def entry_problems(
         weights = [field for field in ("prune", "quantize", "factorize") if getattr(entry, field)]
         problems = [f"{where}: {field} needs a layer with a weight. Name the layers inside it." for field in weights]
     else:
-        problems = [f"{where}: {problem}" for problem in entry.problems(known[name].rows, known[name].columns)]
+        one = known[name]
+        problems = [f"{where}: {problem}" for problem in entry.problems(one.rows, one.columns, one.size)]
     if entry.drop and blocks and name not in blocks:
         problems.append(f"{where}: drop removes a whole block, and this is none. Name a block such as {min(blocks)}.")
     if entry.cache and (name in known or (attentions and name not in attentions)):

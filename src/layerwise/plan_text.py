@@ -32,6 +32,14 @@ def parse(text: str, source: str) -> dict[str, Any]:
     """The mapping in YAML or JSON text. Raises PlanError with the line where it goes wrong."""
     if not text.strip():
         raise PlanError(f"{source}: it is empty. A plan is a mapping that starts with 'layerwise: 1'.")
+    data = mapping_of(text, source)
+    if "layerwise" not in data:
+        raise PlanError(f"{source}: a plan is a mapping that starts with 'layerwise: 1', the version of its format.")
+    return data
+
+
+def mapping_of(text: str, source: str) -> dict[str, Any]:
+    """The mapping in YAML text, or JSON where `source` ends so, {} where it is none. Raises PlanError with the line where it goes wrong."""
     try:
         data = _parse_json(text) if source.endswith(".json") else yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -47,9 +55,7 @@ def parse(text: str, source: str) -> dict[str, Any]:
         raise PlanError(f"{source}: it holds a number that cannot be read: {str(error).partition(';')[0]}.") from error
     except RecursionError as error:
         raise PlanError(f"{source}: nested too deeply to be a plan.") from error
-    if not isinstance(data, dict) or "layerwise" not in data:
-        raise PlanError(f"{source}: a plan is a mapping that starts with 'layerwise: 1', the version of its format.")
-    return data
+    return data if isinstance(data, dict) else {}
 
 
 def describe(source: str, problem: Mapping[str, Any], record: type[BaseModel] | None) -> str:

@@ -1,7 +1,7 @@
 """What a layer or block can get: plain records. A field's description says what would be right; messages quote it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -31,6 +31,7 @@ Bits = Annotated[Count, Field(ge=1, le=16, description="give whole bits, 1 to 16
 CacheMode = Literal["per-token", "kivi"]
 
 _PATTERN = re.compile(r"unstructured|row|column|(?P<n>\d+):(?P<m>\d+)|block\((?P<rows>\d+)[x×](?P<columns>\d+)\)")
+_BLOCK = re.compile(r"block:(\d+[x×]\d+)")  # the same without brackets, which shells ask to be quoted
 _PATTERNS = 'write unstructured, row, column, n:m with 0 < n <= m such as "2:4", or a block such as "block(16x16)"'
 
 
@@ -56,10 +57,16 @@ class Prune(Record):
 
     sparsity: Fraction = Field(description="give the fraction removed, 0 <= sparsity <= 1")
     pattern: str = Field(default="unstructured", description=_PATTERNS)
+    kept: str | None = Field(
+        default=None,
+        description="give the kept blocks as hexadecimal digits, four blocks a digit, row by row (1 = kept), or leave it to the solver",
+    )
 
     @field_validator("pattern")
     @classmethod
     def _known(cls, pattern: str) -> str:
+        if brief := _BLOCK.fullmatch(pattern):
+            pattern = f"block({brief[1]})"
         match = _PATTERN.fullmatch(pattern)
         if not match or (match["m"] and not 0 < int(match["n"]) <= int(match["m"])):
             raise ValueError("unknown pattern")
@@ -67,8 +74,17 @@ class Prune(Record):
             raise ValueError("empty block")
         return pattern
 
+    @field_validator("kept", mode="before")
+    @classmethod
+    def _digits(cls, kept: Any) -> Any:
+        if kept is not None and not (isinstance(kept, str) and re.fullmatch(r"[0-9a-f]+", kept)):
+            raise ValueError("not hexadecimal digits")
+        return kept
+
     @model_validator(mode="after")
     def _agrees(self) -> "Prune":
+        if self.kept is not None and not self.block:
+            raise ValueError(f"kept names blocks, and pattern {self.pattern} has none: leave one of them out")
         if (nm := self.nm) and abs(self.sparsity - (1 - nm[0] / nm[1])) > 1e-9:
             means = 1 - nm[0] / nm[1]
             raise ValueError(
@@ -88,6 +104,12 @@ class Prune(Record):
         match = _PATTERN.fullmatch(self.pattern)
         return (int(match["rows"]), int(match["columns"])) if match and match["rows"] else None
 
+    def blocks_kept(self, blocks: int) -> list[bool] | None:
+        """Which of so many blocks are kept, matrix after matrix, row by row; None where the solver chooses."""
+        if self.kept is None:
+            return None
+        return [digit == "1" for digit in format(int(self.kept, 16), f"0{4 * len(self.kept)}b")[:blocks]]
+
     def unit(self, rows: int, columns: int) -> int:
         """How many weights of a (rows, columns) matrix go together: 1, a row, a column, a block."""
         if block := self.block:
@@ -99,6 +121,8 @@ class Prune(Record):
         if nm := self.nm:
             return size // nm[1] * (nm[1] - nm[0])
         unit = self.unit(rows, columns)
+        if self.kept is not None:
+            return (size // unit - int(self.kept, 16).bit_count()) * unit
         return round(self.sparsity * (size // unit)) * unit
 
 
@@ -231,8 +255,9 @@ class Treatments(Record):
             raise ValueError("factorize goes with neither prune nor quantize: keep one of them")
         return self
 
-    def problems(self, rows: int, columns: int) -> list[str]:
-        """Patterns and groups that do not divide matrices of (rows, columns), a sentence each with what to do."""
+    def problems(self, rows: int, columns: int, size: int | None = None) -> list[str]:
+        """Patterns and groups that do not divide matrices of (rows, columns), and kept blocks that are not those of `size` weights (None:
+        of one matrix); a sentence each with what to do."""
         shape, found = f"{rows} outputs x {columns} inputs", []
         if self.prune and (nm := self.prune.nm) and columns % nm[1]:
             found.append(
@@ -242,6 +267,8 @@ class Treatments(Record):
             found.append(
                 f"{shape} do not split into {self.prune.pattern}. Take a block that divides both, or unstructured."
             )
+        elif self.prune and self.prune.kept is not None:
+            found += _wrong_blocks(self.prune, (size or rows * columns) // self.prune.unit(rows, columns))
         if self.quantize and (group := self.quantize.group) and columns % group:
             found.append(
                 f"{shape} do not split into quantization groups of {group}. Take a group that divides the inputs, or null."
@@ -257,6 +284,25 @@ def bare(treatment: object) -> object:
     """A treatment by itself as the mapping that `Treatments` reads; anything else as it is."""
     field = next((name for name, kind in FIELDS.items() if type(treatment) is kind), None)
     return {field: treatment} if field else treatment
+
+
+def kept_text(keep: Iterable[bool]) -> str:
+    """What `Prune.kept` says of these blocks; the last digit is filled up with zeros."""
+    digits = "".join("1" if one else "0" for one in keep)
+    width = -(-len(digits) // 4)
+    return format(int(digits.ljust(4 * width, "0") or "0", 2), f"0{width}x")
+
+
+def _wrong_blocks(prune: Prune, blocks: int) -> list[str]:
+    kept = prune.kept or ""
+    if len(kept) != -(-blocks // 4) or int(kept, 16) % (1 << (4 * len(kept) - blocks)):
+        return [f"kept has {len(kept)} digits; {blocks} blocks take {-(-blocks // 4)}, the last filled up with zeros."]
+    gone = blocks - int(kept, 16).bit_count()
+    if round(prune.sparsity * blocks) != gone:
+        return [
+            f"kept leaves out {gone} of {blocks} blocks, which is a sparsity of {gone / blocks!r}. Change one of them."
+        ]
+    return []
 
 
 def _one_or_more(record: R) -> R:

@@ -19,7 +19,7 @@ from layerwise.errors import ConfigError, DataError, OutputError, PlanError, Sol
 from layerwise.passes import collect_dense
 from layerwise.passes.statistics import Accumulator
 from layerwise.plan import Budget, Plan, Prune, Treatments
-from layerwise.solvers import Magnitude, Random, SparseGPT, Wanda
+from layerwise.solvers import GPTQ, Magnitude, Random, SparseGPT, Wanda
 from layerwise.solvers.base import Solved
 from layerwise.structure import as_matrices, parameter_of, structure_of
 from layerwise.tasks.batches import Batches
@@ -390,9 +390,9 @@ def test_bad_requests_are_refused_before_any_work(tmp_path):
         compress(model, Plan(layers={"model.layers.0.mlp.gate": Prune(sparsity=0.5)}), solver=Wanda(), data=data)
     with pytest.raises(PlanError, match="multiplies no input"):
         compress(model, Plan(layers={"model.embed_tokens": Prune(sparsity=0.5)}), solver=Wanda(), data=data)
-    with pytest.raises(PlanError, match=r'"sparsegpt" prunes unstructured and n:m alone, not in the pattern "row"'):
+    with pytest.raises(PlanError, match=r'"gptq" prunes unstructured and n:m alone, not in the pattern "row"'):
         rows = Plan(layers={"model.layers.1.mlp.down_proj": Prune(sparsity=0.5, pattern="row")})
-        compress(model, rows, solver=SparseGPT(), data=data, settings=Settings(work=str(tmp_path / "work")))
+        compress(model, rows, solver=GPTQ(), data=data, settings=Settings(work=str(tmp_path / "work")))
     assert not (tmp_path / "work").exists()
     with pytest.raises(ConfigError, match="give a solver"):
         compress(model, plan, solver="wanda", data=data)

@@ -51,6 +51,13 @@ ROWS = [
     Row("grasp", bad={"temperature": 0.0}, word="temperature", loss=True),
     Row("grasp-ratio", settings={"temperature": 1.0}, bad={"temperature": -1.0}, word="temperature", loss=True),
     Row("synflow", settings={"rounds": 3}, bad={"rounds": 0}, word="rounds"),
+    Row(
+        "lpvit",
+        settings={"pattern": "block(1x1)", "cost": "weights", "samples": 3},  # blocks of one weight meet any budget
+        bad={"order": "best"},
+        word="order",
+        loss=True,
+    ),
     Row("random", settings={"seed": 3}, bad={"spread": -0.1}, word="spread"),
     Row("auto", settings={"only": "erk", "solver": "magnitude"}, bad={"only": "eerk"}, word='"erk"'),
     Row("uniform-bits", settings={"group": 0}, bad={"bits": 9}, word="bits=9", bits=True, even=True),

@@ -336,8 +336,8 @@ def test_hopeless_moments_are_refused():
 
 
 def test_bad_requests_are_refused():
-    with pytest.raises(ConfigError, match=r'pattern "block\(2x2\)".*"magnitude", "wanda" and "random" do'):
-        solve(SparseGPT(), W, H, Prune(sparsity=0.5, pattern="block(2x2)"))
+    with pytest.raises(ShapeError, match=r"block\(2x3\): a weight of 2x4 does not split"):
+        solve(SparseGPT(), W, H, Prune(sparsity=0.5, pattern="block(2x3)"))
     with pytest.raises(ShapeError, match="3 inputs do not split into groups of 4"):
         solve(SparseGPT(), W[:, :3], H[:3, :3], TWO_FOUR)
     with pytest.raises(ConfigError, match="needs calibration data"):
@@ -350,3 +350,52 @@ def test_bad_requests_are_refused():
         SparseGPT(damp=-1)
     with pytest.raises(ConfigError, match=r"SparseGPT\.block=0"):
         SparseGPT(block=0)
+
+
+BLOCKS = ["block(2x4)", "block(1x3)", "block(6x2)", "row", "column"]
+
+
+@pytest.mark.parametrize("pattern", BLOCKS)
+def test_one_group_gone_is_the_one_of_least_loss_and_made_up_for_exactly(pattern):
+    """Against brute force: each group alone removed, by explicit inverses."""
+    weight, gram = drawn(3, 6, 12, tokens=64)
+    height, width = Prune(sparsity=0.0, pattern=pattern).block or {"row": (1, 12), "column": (6, 1)}[pattern]
+    costs = {}
+    for top in range(0, 6, height):
+        for left in range(0, 12, width):
+            keep = torch.ones(6, 12, dtype=torch.bool)
+            keep[top : top + height, left : left + width] = False
+            change = weight.double() - by_explicit_inverse(weight, keep, gram)
+            costs[top, left] = float(((change @ damped(gram)) * change).sum())
+    least = min(costs, key=costs.__getitem__)
+    solved = solve(SparseGPT(), weight, gram, Prune(sparsity=1 / len(costs), pattern=pattern))
+    gone = (~solved.keep).nonzero()
+    assert (gone.amin(0).tolist(), len(gone)) == (list(least), height * width)
+    change = weight.double() - solved.weight
+    assert float(((change @ damped(gram)) * change).sum()) == pytest.approx(costs[least], rel=1e-3)
+
+
+@pytest.mark.parametrize("pattern", BLOCKS)
+@pytest.mark.parametrize("sparsity", [0.0, 0.4, 1.0])
+def test_blocks_are_whole_and_their_count_exact(pattern, sparsity):
+    weight, gram = drawn(5, 6, 12)
+    prune = Prune(sparsity=sparsity, pattern=pattern)
+    solved = solve(SparseGPT(), weight, gram, prune)
+    assert int((~solved.keep).sum()) == prune.zeros(72, 6, 12)
+    assert not solved.weight[~solved.keep].any()
+    height, width = prune.block or {"row": (1, 12), "column": (6, 1)}[pattern]
+    grid = solved.keep.reshape(6 // height, height, 12 // width, width).sum((1, 3))
+    assert ((grid == 0) | (grid == height * width)).all()
+
+
+def test_blocks_that_the_plan_names_go_and_the_rest_makes_up_for_them():
+    weight, gram = drawn(7, 4, 8, tokens=64)
+    prune = Prune(
+        sparsity=0.5, pattern="block(2x4)", kept="6"
+    )  # 0110: the second of the first row, the first of the second
+    solved = solve(SparseGPT(damp=0.0), weight, gram, prune)
+    keep = torch.ones(4, 8, dtype=torch.bool)
+    keep[:2, :4] = keep[2:, 4:] = False
+    assert torch.equal(solved.keep, keep)
+    masked = weight * keep
+    assert loss(weight, solved, gram) < float((((weight - masked) @ gram) * (weight - masked)).sum())

@@ -3,10 +3,13 @@
 from .bounds import Bound, check_feasible
 from .cache_bits import mean_bits, stored_bits
 from .cluster import clusters, dbscan
+from .energy import TABLES, EnergyTable, energy_table
+from .equal_slope import equal_slope, smoothed, stencil_slopes
 from .erdos_renyi import erdos_renyi
 from .even import uniform, uniform_plus
 from .exact import exact_counts, sparsities_of
 from .fill import water_fill
+from .hull_counts import hull_counts
 from .least_error import Choice, Errors, hull_levels, least_error_levels
 from .levels import Costs, average, by_score, check_levels, levels_in_order, merged
 from .linear import linear_factors, linear_map
@@ -14,9 +17,11 @@ from .pareto import Sum, additive_front, pareto_front
 from .proportional import proportional
 
 __all__ = [
+    "TABLES",
     "Bound",
     "Choice",
     "Costs",
+    "EnergyTable",
     "Errors",
     "Sum",
     "additive_front",
@@ -26,8 +31,11 @@ __all__ = [
     "check_levels",
     "clusters",
     "dbscan",
+    "energy_table",
+    "equal_slope",
     "erdos_renyi",
     "exact_counts",
+    "hull_counts",
     "hull_levels",
     "least_error_levels",
     "levels_in_order",
@@ -37,7 +45,9 @@ __all__ = [
     "merged",
     "pareto_front",
     "proportional",
+    "smoothed",
     "sparsities_of",
+    "stencil_slopes",
     "stored_bits",
     "uniform",
     "uniform_plus",

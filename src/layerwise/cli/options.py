@@ -54,7 +54,8 @@ Pattern = Annotated[
     _option(
         HOW,
         "PATTERN",
-        "[bold]unstructured[/], or n:m such as 2:4: 2 kept of every 4 inputs.  [dim]default: unstructured[/]",
+        "[bold]unstructured[/], n:m such as 2:4 (2 kept of every 4 inputs), or blocks of outputs x inputs such as block:16x16."
+        "  [dim]default: the method's own, mostly unstructured[/]",
     ),
 ]
 Set = Annotated[

@@ -15,6 +15,7 @@ from ..solvers.base import Solved, Solver
 from ..solvers.codes import stacked
 from ..solvers.select import spread
 from ..structure import Layer, as_matrices, from_matrices, parameter_of
+from ..treatments import kept_text
 from .events import LayerSolved
 from .ranks import Ranks
 
@@ -94,9 +95,22 @@ def per_matrix(layer: Layer, prune: Prune) -> list[Prune]:
     if layer.matrices == 1 or prune.nm:  # n:m leaves no choice
         return [prune] * layer.matrices
     unit = prune.unit(layer.rows, layer.columns)
-    each, wanted = layer.rows * layer.columns // unit, prune.zeros(layer.size, layer.rows, layer.columns) // unit
+    each = layer.rows * layer.columns // unit
+    if (kept := prune.blocks_kept(each * layer.matrices)) is not None:
+        parts = [kept[start : start + each] for start in range(0, len(kept), each)]
+        return [Prune(sparsity=part.count(False) / each, pattern=prune.pattern, kept=kept_text(part)) for part in parts]
+    wanted = prune.zeros(layer.size, layer.rows, layer.columns) // unit
     counts = spread(wanted, [each] * layer.matrices)
     return [Prune(sparsity=count / each, pattern=prune.pattern) for count in counts]
+
+
+def dead_rows(height: int, solved: Sequence[Solved]) -> str:
+    """What the user should know of block rows, `height` outputs each, in which no block is left; empty where there are none."""
+    rows = [one.keep.reshape(len(one.keep) // height, -1).any(1) for one in solved]
+    total, dead = sum(len(one) for one in rows), sum(int((~one).sum()) for one in rows)
+    if not dead:
+        return ""
+    return f"{dead} of {total} block rows have no block left: {dead * height} outputs are their bias alone"
 
 
 def _each_matrix(layer: Layer, way: Treatments) -> list[Treatments]:
@@ -160,6 +174,7 @@ def _event(
         for index, one in enumerate(solved)
         for note in one.notes
     ]
+    notes += [dead_rows(way.prune.block[0], solved)] if way.prune and way.prune.block else []
     codes = [one.codes.to("cpu") for one in solved if one.codes is not None]
     whole = stacked(codes) if codes else None
     pruned = sum(one.keep.numel() - int(torch.count_nonzero(one.keep)) for one in solved)
@@ -169,7 +184,9 @@ def _event(
         zeros=layer.size - int(torch.count_nonzero(parameter)) if whole is None else pruned,
         error=sum(known) / total if known and total > 0 else None,
         tokens=None if statistics is None else min((one.tokens if one else 0) for one in statistics),
-        notes=tuple(dict.fromkeys(notes)),  # a convolution in groups says the same for each of them
+        notes=tuple(
+            note for note in dict.fromkeys(notes) if note
+        ),  # a convolution in groups says the same for each of them
         pruned=way.prune is not None,
         bits=whole.bits_per_weight if whole else None,
         nominal_bits=whole.bits if whole else None,

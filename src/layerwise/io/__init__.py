@@ -1,5 +1,6 @@
 """Models and tokenizers in and out of folders, in stock formats; what is saved is checked in a fresh process."""
 
+from .block_sparse import BlockSparseLinear, block_sparse_on_cpu
 from .cpu import int8_on_cpu
 from .kv_cache import load_cache
 from .load import check_finite, load, load_image_processor, load_into, load_tokenizer
@@ -14,10 +15,12 @@ from .whole import check_output
 from .zeros import count_zeros
 
 __all__ = [
+    "BlockSparseLinear",
     "Saved",
     "SavedReport",
     "Target",
     "Verified",
+    "block_sparse_on_cpu",
     "check_finite",
     "check_output",
     "check_plan",

@@ -13,6 +13,7 @@ from .grasp import GraSP, GraSPRatio
 from .kv_verdict import KVSearch
 from .kvtuner import KVTuner
 from .least_error import LeastError
+from .lpvit import LPViT
 from .lwq import LWQ
 from .owl import OWL
 from .random_ratios import RandomRatios
@@ -39,6 +40,7 @@ __all__ = [
     "GraSPRatio",
     "KVSearch",
     "KVTuner",
+    "LPViT",
     "LeastError",
     "Method",
     "RandomRatios",
@@ -66,6 +68,7 @@ METHODS: dict[str, type[Method]] = {
     "grasp": GraSP,
     "grasp-ratio": GraSPRatio,
     "synflow": SynFlow,
+    "lpvit": LPViT,
     "random": RandomRatios,
     "auto": Auto,
     "uniform-bits": UniformBits,

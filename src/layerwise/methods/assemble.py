@@ -3,12 +3,14 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
+from pydantic import ValidationError
 from torch import nn
 
 from ..allocate import Bound, exact_counts, sparsities_of
-from ..errors import ModelError, SelectionError
-from ..plan import Budget, ModelFacts, Plan, Prune, Treatment
+from ..errors import ConfigError, ModelError, SelectionError, ShapeError
+from ..plan import Budget, ModelFacts, Plan, Prune, Treatment, Treatments
 from ..structure import Layer, Structure, in_order, structure_of
 from .base import Method
 
@@ -85,6 +87,37 @@ def facts_of(model: nn.Module, structure: Structure) -> ModelFacts:
     if Path(name).is_absolute() or Path(name).is_dir():  # a plan is for every machine: not where it lies on this one
         name = Path(name).resolve().name
     return ModelFacts(name=name, parameters=structure.parameters, fingerprint=structure.fingerprint)
+
+
+def block_of(owner: str, pattern: str) -> tuple[int, int]:
+    """(rows, columns) of a block pattern. Raises ConfigError for any other."""
+    try:
+        block = Prune(sparsity=0.0, pattern=pattern).block
+    except ValidationError:
+        block = None
+    if block is None:
+        raise ConfigError(f'{owner}.pattern="{pattern}": give a block, outputs x inputs, such as block(16x16).')
+    return block
+
+
+def dividing(structure: Structure, prune: Prune, indivisible: Literal["error", "dense"]) -> list[Layer]:
+    """The layers that the pattern divides. Raises ShapeError naming the others, unless they may stay dense and are not all."""
+    odd = [layer for layer in structure if Treatments(prune=prune).problems(layer.rows, layer.columns)]
+    if odd and (indivisible == "error" or len(odd) == len(structure.layers)):
+        raise ShapeError(_indivisible(prune.pattern, odd, len(structure.layers)))
+    left = {layer.name for layer in odd}
+    return [layer for layer in structure if layer.name not in left]
+
+
+def _indivisible(pattern: str, odd: Sequence[Layer], layers: int) -> str:
+    shown = ", ".join(f'"{layer.name}" ({layer.rows} x {layer.columns})' for layer in odd[:4])
+    more = f" and {len(odd) - 4} more" if len(odd) > 4 else ""
+    if len(odd) == layers:
+        return f"pattern {pattern} divides none of the {layers} layers: {shown}{more}. Use another pattern, or unstructured."
+    return (
+        f"pattern {pattern} does not divide {len(odd)} of {layers} layers (outputs x inputs): {shown}{more}."
+        ' Exclude them (--exclude), or leave them dense: indivisible="dense".'
+    )
 
 
 def sizes_of(structure: Structure) -> dict[str, int]:

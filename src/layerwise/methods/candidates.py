@@ -44,7 +44,9 @@ def candidates(auto: "Auto") -> dict[str, Method]:
 
 
 def _takes_sparsity(kind: type[Method]) -> bool:
-    return any(one.name == "sparsity" for one in fields(kind))  # type: ignore[arg-type]
+    """Whether it shares a sparsity out, and not in a pattern of its own, which a search for single weights has no use for."""
+    defaults = {one.name: one.default for one in fields(kind)}  # type: ignore[arg-type]
+    return "sparsity" in defaults and defaults.get("pattern", "unstructured") == "unstructured"
 
 
 def _variants(auto: "Auto", name: str, kind: type[Method]) -> dict[str, Method]:

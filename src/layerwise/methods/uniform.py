@@ -3,7 +3,6 @@
 Unstructured, or in a pattern: n:m (n kept of every m consecutive inputs), row, column, block(rows×columns).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
@@ -11,11 +10,11 @@ from pydantic import ValidationError
 from torch import nn
 
 from ..allocate import uniform
-from ..errors import ConfigError, ShapeError
-from ..plan import Plan, Prune, Treatments
-from ..structure import Layer, Structure
+from ..errors import ConfigError
+from ..plan import Plan, Prune
+from ..structure import Structure
 from ..tasks.batches import Batches
-from .assemble import found, plan_of, plan_with, sizes_of
+from .assemble import dividing, found, plan_of, plan_with, sizes_of
 from .base import check_sparsities
 
 
@@ -55,24 +54,9 @@ class Uniform:
             shares = uniform(sizes_of(structure), self._sparsity)
             return plan_of(self, model, structure, self._sparsity, shares)
         prune = Prune(sparsity=self._sparsity, pattern=self.pattern)
-        odd = [layer for layer in structure if Treatments(prune=prune).problems(layer.rows, layer.columns)]
-        if odd and (self.indivisible == "error" or len(odd) == len(structure.layers)):
-            raise ShapeError(_indivisible(self.pattern, odd, len(structure.layers)))
-        left = {layer.name for layer in odd}
-        prunes = {layer.name: prune for layer in structure if layer.name not in left}
+        prunes = {layer.name: prune for layer in dividing(structure, prune, self.indivisible)}
         return plan_with(self, model, structure, self._sparsity, prunes)
 
     @property
     def _sparsity(self) -> float:
         return cast(float, self.sparsity)
-
-
-def _indivisible(pattern: str, odd: Sequence[Layer], layers: int) -> str:
-    shown = ", ".join(f'"{layer.name}" ({layer.rows} x {layer.columns})' for layer in odd[:4])
-    more = f" and {len(odd) - 4} more" if len(odd) > 4 else ""
-    if len(odd) == layers:
-        return f"pattern {pattern} divides none of the {layers} layers: {shown}{more}. Use another pattern, or unstructured."
-    return (
-        f"pattern {pattern} does not divide {len(odd)} of {layers} layers (outputs x inputs): {shown}{more}."
-        ' Exclude them (--exclude), or leave them dense: indivisible="dense".'
-    )

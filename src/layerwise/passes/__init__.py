@@ -7,6 +7,7 @@ from .replay import Recording, Replays, Tail
 from .residency import Store, at_hand, check_whole, store_of, weight_at_hand
 from .spill import spilling
 from .statistics import Accumulator, InputStatistics, Need
+from .uses import uses_of
 from .waiting import Waiting, waiting_of
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "collect_dense",
     "spilling",
     "store_of",
+    "uses_of",
     "waiting_of",
     "weight_at_hand",
 ]

@@ -11,7 +11,9 @@ from ..tasks.batches import Batch, Batches
 from .alpha_cache import alphas_folder, alphas_kept
 from .alpha_hill import LayerTail, Look, alpha_hill, layer_tail, layer_tails
 from .attention_error import AttentionError, Pair, all_pairs, attention_errors, decoder_config
+from .block_fisher import block_fisher, block_products, fisher_cost, fisher_curve, fisher_order, squared_outputs
 from .block_influence import block_influence, mean_turn
+from .block_taylor import block_means, official_curve, rank_one_costs, taylor_keep
 from .first_order import first_order_gradient, gradient_mass
 from .gradients import gradients, hessian_products, layer_means
 from .grasp import gradient_flow, grasp_scores
@@ -85,11 +87,17 @@ __all__ = [
     "alphas_folder",
     "alphas_kept",
     "attention_errors",
+    "block_fisher",
     "block_influence",
+    "block_means",
+    "block_products",
     "central_slope",
     "connection_sensitivity",
     "decoder_config",
     "first_order_gradient",
+    "fisher_cost",
+    "fisher_curve",
+    "fisher_order",
     "fit_tail",
     "gradient_flow",
     "gradient_mass",
@@ -103,16 +111,20 @@ __all__ = [
     "mean_turn",
     "negative_cosine",
     "norm_from_slopes",
+    "official_curve",
     "outlier_ratio",
     "outlier_share",
     "output_error",
     "output_gradients",
     "over_blocks",
+    "rank_one_costs",
     "share_above",
     "snip_scores",
     "spectrum",
+    "squared_outputs",
     "synaptic_flow",
     "synflow_scores",
+    "taylor_keep",
     "tell",
     "watched",
     "window_spectrum",

@@ -56,8 +56,7 @@ def first_order_gradient(
     """
     chosen = first_samples(data, samples)
     sums = dict.fromkeys((layer.name for layer in structure), 0.0)
-    # float16 gradients of a mean loss lie near its smallest numbers
-    scale = _HALF_SCALE if any(one.dtype == torch.float16 for one in model.parameters()) else 1.0
+    scale = half_scale(model)
 
     def take(name: str, weight: Tensor, gradient: Tensor) -> None:
         mass = gradient_mass(weight.detach(), gradient.float() / scale, kind)
@@ -73,6 +72,11 @@ def first_order_gradient(
     if missed := [block.name for block in structure.blocks if block.layers and block.name not in reached]:
         raise not_reached(missed[0])
     return {name: total / len(chosen) for name, total in sums.items()}
+
+
+def half_scale(model: nn.Module) -> float:
+    """What to multiply a loss with, since float16 gradients of a mean loss lie near its smallest numbers; 1 for other models."""
+    return _HALF_SCALE if any(one.dtype == torch.float16 for one in model.parameters()) else 1.0
 
 
 @contextmanager

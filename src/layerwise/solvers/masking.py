@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..errors import ConfigError, ShapeError, SolveError
 from ..passes.statistics import InputStatistics, widest
-from ..plan import Prune
+from ..plan import Prune, Treatments
 from .base import Solved
-from .select import keep_blocks, keep_lowest_out, keep_nm, keep_per_row, spread
+from .select import expanded, keep_blocks, keep_lowest_out, keep_nm, keep_per_row, spread
 
 Compare = Literal["row", "layer"]
 
@@ -91,7 +91,7 @@ def keep_by_score(scores: Tensor, prune: Prune, compare: Compare) -> Tensor:
     """Keep the highest scores in the pattern asked for. scores: (rows, columns) >= 0 -> bool, same shape.
 
     `compare` matters to the unstructured pattern only: n:m compares within its groups; rows, columns and blocks compete with
-    their like over the whole matrix by the sum of their squared scores.
+    their like over the whole matrix by the sum of their squared scores, unless the plan names the blocks.
     """
     rows, columns = scores.shape
     if nm := prune.nm:
@@ -101,11 +101,21 @@ def keep_by_score(scores: Tensor, prune: Prune, compare: Compare) -> Tensor:
     if prune.pattern == "column":
         return keep_blocks(scores, prune.sparsity, rows, 1)
     if block := prune.block:
-        return keep_blocks(scores, prune.sparsity, *block)
+        return planned_blocks(prune, scores) if prune.kept else keep_blocks(scores, prune.sparsity, *block)
     pruned = round(prune.sparsity * scores.numel())
     if compare == "layer":
         return keep_lowest_out(scores, pruned)
     return keep_per_row(scores, spread(pruned, [columns] * rows))
+
+
+def planned_blocks(prune: Prune, like: Tensor) -> Tensor:
+    """The blocks that the plan names, as a mask of the shape and device of `like`. Raises ShapeError where they are not its blocks."""
+    rows, columns = like.shape
+    if problems := Treatments(prune=prune).problems(rows, columns):
+        raise ShapeError(problems[0])
+    height, width = prune.block or (1, 1)
+    grid = torch.tensor(prune.blocks_kept(rows * columns // (height * width)), device=like.device)
+    return expanded(grid.reshape(rows // height, columns // width), height, width)
 
 
 def reference_keep_by_score(scores: Tensor, prune: Prune, compare: Compare) -> Tensor:

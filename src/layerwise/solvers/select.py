@@ -118,13 +118,22 @@ def _pairs(m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 def keep_blocks(scores: Tensor, sparsity: float, block_rows: int, block_columns: int) -> Tensor:
     """All but round(sparsity * blocks) whole blocks of lowest summed squared score. (rows, columns) -> bool, same shape."""
-    rows, columns = scores.shape
+    totals = block_sums(scores.square(), block_rows, block_columns)
+    return expanded(keep_lowest_out(totals, round(sparsity * totals.numel())), block_rows, block_columns)
+
+
+def block_sums(values: Tensor, block_rows: int, block_columns: int) -> Tensor:
+    """(rows, columns) -> (block rows, block columns): the sum over each block. Raises ShapeError unless the blocks divide it."""
+    rows, columns = values.shape
     if rows % block_rows or columns % block_columns:
         raise ShapeError(
             f"block({block_rows}x{block_columns}): a weight of {rows}x{columns} does not split into such blocks."
             " Leave this layer out of the plan."
         )
-    grid = scores.reshape(rows // block_rows, block_rows, columns // block_columns, block_columns)
-    totals = grid.square().sum(dim=(1, 3))
-    keep = keep_lowest_out(totals, round(sparsity * totals.numel()))
-    return keep.repeat_interleave(block_rows, dim=0).repeat_interleave(block_columns, dim=1)
+    grid = values.reshape(rows // block_rows, block_rows, columns // block_columns, block_columns)
+    return grid.sum(dim=(1, 3))
+
+
+def expanded(grid: Tensor, block_rows: int, block_columns: int) -> Tensor:
+    """Each entry of a grid of blocks repeated over its block: (block rows, block columns) -> (rows, columns)."""
+    return grid.repeat_interleave(block_rows, dim=0).repeat_interleave(block_columns, dim=1)

@@ -8,6 +8,10 @@ W + (D M[left, block]) U[block, block], and only 128-wide diagonal blocks are ev
 Departures from the official code: D1 exact counts, ties keep the lower index (`reference=True` prunes one too many in each
 column block, as published). D2 dead inputs are pruned first, but kept weights on them are not zeroed. D3 a failed factorisation raises the
 damping and says so. D4 without calibration tokens: by magnitude, with a note. D5 n:m groups never straddle column blocks.
+
+Beyond the paper: blocks, rows and columns. Which of them go is chosen once, over the whole matrix, by the error that each alone would
+leave when the columns to its right make up for it (optimal brain surgeon of a group): ||w_J M_JJ||^2 summed over its rows, J being its
+columns. The sweep then makes up for all of them. Blocks that the plan names are taken as they are.
 """
 
 import math
@@ -23,18 +27,19 @@ from ..passes.statistics import InputStatistics, Need
 from ..plan import Prune
 from .base import PRUNES, Solved, Treated, prunes_of
 from .factor import Factor, factorise
-from .masking import check_weights, magnitude_solved, output_error, why_blind
+from .masking import check_weights, magnitude_solved, output_error, planned_blocks, why_blind
+from .select import block_sums, expanded, keep_lowest_out
 from .sweep import Sweep, sweep
 
 
 @dataclass(frozen=True)
 class SparseGPT:
-    """Mask chosen per block of columns on the compensated weights; unstructured and n:m."""
+    """Mask chosen per block of columns on the compensated weights (unstructured, n:m), or once for blocks, rows and columns."""
 
     name: ClassVar[str] = "sparsegpt"
     needs: ClassVar[Need] = "gram"
     treats: ClassVar[frozenset[str]] = PRUNES
-    every_pattern: ClassVar[bool] = False
+    every_pattern: ClassVar[bool] = True
 
     damp: float = 0.01  # added to the diagonal, as a share of its mean
     block: int = 128  # columns among which a mask is chosen at once
@@ -67,19 +72,43 @@ class SparseGPT:
         # the official code sets a dead input's power to 1 on its scale, 2 / N
         factor = factorise(gram, self.damp, fill=inputs.tokens / 2 if self.reference else None)
         solved: dict[int, Solved] = {}
-        for m in {prune.nm[1] if prune.nm else 0 for prune in prunes}:  # one sweep, unless the group sizes differ
-            chosen = [i for i, prune in enumerate(prunes) if (prune.nm[1] if prune.nm else 0) == m]
+        kinds = [_kind(prune) for prune in prunes]
+        for kind in dict.fromkeys(kinds):  # one sweep, unless they differ
+            chosen = [i for i, one in enumerate(kinds) if one == kind]
+            known = [keep_groups(weights[i], prunes[i], factor) for i in chosen] if kind < 0 else None
             swept = sweep(
                 [weights[i] for i in chosen],
                 factor,
                 [prunes[i] for i in chosen],
                 self.block,
                 reference=self.reference,
+                keep=known,
             )
             for i, result in zip(chosen, swept, strict=True):
                 unchanged = bool(result.keep.all()) and not self.reference
                 solved[i] = finished(weights[i], result, factor, inputs, unchanged=unchanged)
         return [solved[i] for i in range(len(weights))]
+
+
+def _kind(prune: Prune) -> int:
+    """What one sweep can do together: n:m of one m, unstructured (0), or masks that are known before it (-1)."""
+    if prune.nm:
+        return prune.nm[1]
+    return 0 if prune.pattern == "unstructured" else -1
+
+
+def keep_groups(weight: Tensor, prune: Prune, factor: Factor) -> Tensor:
+    """Which blocks, rows or columns stay, by the error that the loss of each alone would leave. (rows, columns) -> bool, same shape."""
+    rows, columns = weight.shape
+    if prune.kept:
+        return planned_blocks(prune, weight)
+    height, width = prune.block or {"row": (1, columns), "column": (rows, 1)}[prune.pattern]
+    scores = block_sums(torch.zeros_like(weight), height, width)  # raises where they do not divide it
+    for place, start in enumerate(range(0, columns, width)):
+        here = slice(start, start + width)
+        removed = (weight[:, here] * ~factor.dead[here]) @ factor.upper[here, here]
+        scores[:, place] = removed.square().sum(1).reshape(-1, height).sum(1)
+    return expanded(keep_lowest_out(scores, round(prune.sparsity * scores.numel())), height, width)
 
 
 def check_sweep(solver: str, damp: float, block: int) -> None:

@@ -45,10 +45,12 @@ def sweep(
     *,
     reference: bool = False,
     grids: ColumnGrids | None = None,
+    keep: Sequence[Tensor] | None = None,
 ) -> list[Sweep]:
     """Prune matrices of (rows_i, columns) float32; their patterns are all unstructured, or all n:m with one m.
 
-    With `grids`, what stays goes to its code as its column has its turn; the grids keep the codes.
+    keep: masks that are known, one for each matrix; then nothing is chosen. With `grids`, what stays goes to its code as its column has its
+    turn; the grids keep the codes.
     Raises ShapeError where m does not divide the columns, SolveError if a new weight is not finite.
     """
     columns, rows = weights[0].shape[1], [weight.shape[0] for weight in weights]
@@ -67,13 +69,13 @@ def sweep(
     if reference:
         work[factor.dead] = 0.0
     change = torch.empty_like(work)  # old - new
-    keep = torch.empty_like(work, dtype=torch.bool)
+    kept = torch.empty_like(work, dtype=torch.bool)
     removed, pruned, steps = (torch.zeros(width, work.shape[1], device=work.device) for _ in range(3))
     power, live = factor.upper.diagonal(), ~factor.dead  # power: 1 / U_jj
     # scores rank dead inputs below all others, by magnitude among themselves
     scale = torch.where(live, power, power.max() * 1e-20).unsqueeze(1)
     damped = torch.zeros(work.shape[1], device=work.device)
-    choice = _Choice(prunes, rows, m, reference)
+    choice = _Choice(prunes, rows, m, reference, torch.cat([one.T for one in keep], dim=1) if keep else None)
     for number, (start, stop) in enumerate(bounds):
         here, size = slice(start, stop), stop - start
         inverse = _inverse(factor.upper[here, here])
@@ -86,16 +88,16 @@ def sweep(
         new = grids.take(start, stop, part.steps) if grids else part.current.sub_(part.removed)
         torch.sub(work[here], new, out=change[here])
         work[here] = new
-        torch.eq(part.pruned, 0, out=keep[here])
+        torch.eq(part.pruned, 0, out=kept[here])
         damped += (power[here].square() * live[here]) @ part.removed.square()
     if not torch.isfinite(work.sum()) and not work.isfinite().all():
         raise SolveError("the compensated weights overflow float32. Raise the damping, or use the solver wanda.")
     damping = (factor.added * live) @ change.square_()
     return [
-        Sweep(new.T.contiguous(), kept.T.contiguous(), float(total.sum()), float(part.sum()))
-        for new, kept, total, part in zip(
+        Sweep(new.T.contiguous(), stays.T.contiguous(), float(total.sum()), float(part.sum()))
+        for new, stays, total, part in zip(
             torch.split(work, rows, dim=1),
-            torch.split(keep, rows, dim=1),
+            torch.split(kept, rows, dim=1),
             torch.split(damped, rows),
             torch.split(damping, rows),
             strict=True,
@@ -105,12 +107,14 @@ def sweep(
 
 @dataclass
 class _Choice:
-    """What says which weights go: a treatment per matrix, their rows, m of n:m or 0, and whether the official rule is asked for."""
+    """What says which weights go: a treatment per matrix, their rows, m of n:m or 0, whether the official rule is asked for, and masks
+    that are known, (columns, all rows)."""
 
     prunes: Sequence[Prune]
     rows: list[int]
     m: int
     reference: bool
+    keep: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.prunes_any = self.reference or any(prune.sparsity > 0 for prune in self.prunes)
@@ -176,7 +180,9 @@ def _take_turns(
 ) -> None:
     """All columns of a block: masks chosen, groups fitted, where they begin. zeros: of each matrix in this block, unstructured."""
     size, m = len(part.current), choice.m
-    if choice.prunes_any and not m:
+    if choice.keep is not None:
+        torch.logical_not(choice.keep[first : first + size], out=part.pruned)
+    elif choice.prunes_any and not m:
         _choose(part.current, scale, zeros, choice.prunes, choice.rows, part.pruned, choice.reference)
     fits = {column - first for column in grids.starts(first, first + size)} if grids else set()
     for at, upto in itertools.pairwise(sorted({*range(0, size, m or LEAF), *fits, size})):

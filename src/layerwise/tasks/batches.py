@@ -52,9 +52,29 @@ def first_samples(data: Sequence[Batch], samples: int | None) -> list[Batch]:
     return chosen
 
 
+def exactly(data: Sequence[Batch], samples: int) -> list[Batch]:
+    """The first `samples` samples, or all there are: the last batch cut to size where its tensors have a row for each sample."""
+    chosen = first_samples(data, samples)
+    if (over := count_samples(chosen) - samples) > 0:
+        last = chosen.pop()
+        rows = count_samples([last])
+        chosen.append({k: v[: rows - over] if v.ndim and len(v) == rows else v for k, v in last.items()})
+    return chosen
+
+
 def count_samples(data: Sequence[Batch]) -> int:
     """Rows of all batches together."""
     return sum(next((int(value.shape[0]) for value in batch.values() if value.ndim), 1) for batch in data)
+
+
+def single_samples(data: Sequence[Batch], samples: int | None = None) -> list[Batch]:
+    """The first `samples` samples (None: all) as batches of one; what has not one row for each sample goes whole with every one."""
+    singles: list[Batch] = []
+    for batch in data:
+        rows = count_samples([batch])
+        for row in range(rows if samples is None else min(rows, samples - len(singles))):
+            singles.append({k: v[row : row + 1] if v.ndim and len(v) == rows else v for k, v in batch.items()})
+    return singles
 
 
 def call(model: nn.Module, batch: Batch) -> object:

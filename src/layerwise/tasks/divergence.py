@@ -28,13 +28,18 @@ def predictions(model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
     Logits are of each token that is no padding (of an encoder-decoder, the decoder's), or of each sample (image, pair). A model without
     logits, such as one that denoises, has one row per sample of its first output. Raises ModelError where there is no tensor.
     """
-    output = call(model, batch)
+    return rows_of(call(model, batch), batch, model)
+
+
+def rows_of(output: object, batch: Batch, model: nn.Module | None = None) -> tuple[Tensor, bool]:
+    """The same of an output that is there already; `model` is named in errors."""
     fields = output if isinstance(output, Mapping) else {}
     logits = next((found for name in ("logits", "logits_per_image") if (found := fields.get(name)) is not None), None)
     if logits is None:
         first = next(iter(tree_leaves(output)), None)
         if not isinstance(first, Tensor) or not first.is_floating_point() or first.ndim == 0:
-            raise ModelError(f"{type(model).__name__} gives no tensor of numbers, so there is nothing to compare.")
+            who = type(model).__name__ if model else "the model"
+            raise ModelError(f"{who} gives no tensor of numbers, so there is nothing to compare.")
         ids = batch.get("input_ids")
         if first.ndim != 2 and (first.ndim != 3 or ids is None or ids.shape != first.shape[:2]):
             return first, False

@@ -60,6 +60,7 @@ def plan(
     [dim]Example:[/]  layerwise plan demo --method erk --sparsity 0.6 -o plan.yaml
     [dim]Bits:[/]     layerwise plan demo --method lwq --bits 3.25 --levels 2,4 -o plan.yaml
     [dim]Whatever is best for one solver:[/]  layerwise plan demo --method auto --set solver=sparsegpt --minutes 5 -o plan.yaml
+    [dim]Blocks of weights:[/]  layerwise plan MODEL --method lpvit --pattern block:16x16 --sparsity 0.4 --data IMAGES -o plan.yaml
     [dim]Bits of the KV cache:[/]  layerwise plan demo --method kvtuner --bits 4 --minutes 5 -o plan.yaml
     [dim]After edits by hand:[/]  layerwise plan demo --edit plan.yaml --rebalance --keep '*.down_proj' -o plan2.yaml
     """
