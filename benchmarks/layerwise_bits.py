@@ -49,7 +49,7 @@ MEASURED = {  # order -> settings of least-error, and whether 3 bits lie between
 # SmolLM2's weights lie on a 4-bit grid of groups of 32: at 4 bits it flatters that grid
 CAVEATS = {
     "smollm2": "Stored on a 4-bit grid (groups of 32), so its dense weights are not full precision.",
-    "smollm2-tuned": "Fine-tuned for 40 steps, which took its weights off the 4-bit grid that they were stored on (`tuned.py`).",
+    "smollm2-tuned": "Fine-tuned for 100 steps, which took its weights off the 4-bit grid that they were stored on (`tuned.py`).",
     "stories260k": "Groups do not divide 172 inputs (`down`): one scale for each row there.",
 }
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from layerwise.solvers.grids import Grid, fit, steps_of
 from layerwise.tasks import text
 
-STEPS, BATCH, LENGTH, RATE, SEED = 40, 4, 256, 2e-4, 0
+STEPS, BATCH, LENGTH, RATE, SEED = 100, 4, 256, 1e-3, 0
 
 
 def main() -> None:
