@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..passes.statistics import InputStatistics, Need
-from ..plan import Prune, Quantize, Treatments
+from ..plan import Factorize, Prune, Quantize, Treatments
 from .codes import Codes
+from .factors import Factors
 
-Treated = Treatments | Prune | Quantize
+Treated = Treatments | Prune | Quantize | Factorize
 """What a matrix gets; a treatment by itself will do, as in `Plan.layers`."""
 
 
@@ -24,6 +25,7 @@ class Solved:
     error: sum of squared changes of the outputs over the calibration tokens, ||(W - W') X||^2, or None where unknown.
     notes: what the user should know (a fallback, a raised damping), one sentence each.
     codes: of a quantized matrix; `codes.weight()` is the weight to the bit. None where it was only pruned.
+    factors: of a factorized matrix; `factors.weight()` is the weight, up to how a device sums. Its `keep` is all True.
     """
 
     weight: Tensor
@@ -31,6 +33,7 @@ class Solved:
     error: float | None = None
     notes: tuple[str, ...] = ()
     codes: Codes | None = None
+    factors: Factors | None = None
 
 
 class Solver(Protocol):
@@ -38,7 +41,7 @@ class Solver(Protocol):
 
     name: ClassVar[str]
     needs: ClassVar[Need]
-    treats: ClassVar[frozenset[str]]  # what it can do to a matrix: "prune", "quantize"
+    treats: ClassVar[frozenset[str]]  # what it can do to a matrix: "prune", "quantize", "factorize"
     every_pattern: ClassVar[bool]  # False: unstructured and n:m alone
 
     def solve(
@@ -57,6 +60,7 @@ class Solver(Protocol):
 
 PRUNES: frozenset[str] = frozenset({"prune"})
 QUANTIZES: frozenset[str] = frozenset({"quantize"})
+FACTORIZES: frozenset[str] = frozenset({"factorize"})
 
 
 def refusal(solver: Solver, treated: Treated) -> str | None:
@@ -82,6 +86,8 @@ def full(treated: Treated) -> Treatments:
     """The treatments of one matrix, from a bare one too."""
     if isinstance(treated, Prune):
         return Treatments(prune=treated)
+    if isinstance(treated, Factorize):
+        return Treatments(factorize=treated)
     return Treatments(quantize=treated) if isinstance(treated, Quantize) else treated
 
 
