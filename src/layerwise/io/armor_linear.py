@@ -1,7 +1,7 @@
 """A linear in factors: y = A (S (B x)) + bias, batched products of small blocks around a sparse core, as ARMOR leaves it.
 
-On CUDA, in 16 bits, a 2:4 core runs by torch's semi-structured kernels once its pattern and shape are checked: their packers take any matrix
-and drop what does not fit. Everywhere else the core is a dense matrix with zeros, and nothing is gained in speed.
+On CUDA, in 16 bits, a 2:4 core runs by torch's semi-structured kernels once its pattern and shape are checked: their packers take any
+matrix and drop what does not fit. Everywhere else the core is a dense matrix with zeros, and nothing is gained in speed.
 """
 
 from collections.abc import Iterable, Mapping
@@ -166,7 +166,7 @@ def multiplied_out(model: nn.Module) -> nn.Module:
             dtype=module.values.dtype,
         )
         linear.weight = nn.Parameter(module.weight)
-        linear.bias = module.bias
+        linear.register_parameter("bias", module.bias)
         put_back(model, {name: linear.train(module.training)})
     return model
 
