@@ -45,7 +45,7 @@ class ARMOR:
     every_pattern: ClassVar[bool] = False
 
     iterations: int = 0  # at most; 0: 100, of the reference 20000
-    draws: int = 8  # groups of each block remasked in an iteration; the reference does 1
+    draws: int = 16  # groups of each block remasked in an iteration, at most one in 32; the reference does 1
     steps: int = 2  # of conjugate gradients on the core in an iteration
     select: Select = "gain"  # which groups: of most gain, drawn by the size of their gradients, or uniformly
     tolerance: float = 1e-4  # relative gain of an iteration that counts as none

@@ -16,6 +16,7 @@ from .armor_masks import Masks, masks_of
 from .armor_state import State, Target
 
 Select = Literal["gain", "gradient", "uniform"]
+SHARE = 32  # no more than one in so many groups of a block in one step: the next one knows the changes better
 
 
 def remask(
@@ -29,7 +30,7 @@ def remask(
 ) -> None:
     """Draw up to `draws` groups of every block and give each its best mask and values, in place. gradient: half that of the core."""
     masks = masks_of(curvature[1], target.n, target.m)
-    draws = min(draws, target.block**2 // target.m)
+    draws = min(draws, max(1, target.block**2 // target.m // SHARE))
     if select == "gain":
         groups = gains(state, gradient, curvature[0], masks).topk(draws, -1).indices
     else:
