@@ -16,7 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ class Protocol:
     roles: tuple[str, ...] = ("o", "down")
 
 
+SHORT = Protocol(samples=4, tokens=4096, iterations=8, seconds=20.0)  # a model of 135 million weights on one busy core
+PROTOCOLS = {"demo": Protocol(), "stories260k": Protocol(length=256), "smollm2": SHORT}
 TOY = Protocol(samples=2, length=64, tokens=256, iterations=2, seconds=0.5, roles=("o",))
 
 
@@ -58,17 +60,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser, "demo,smollm2")
     parser.add_argument("--toy", action="store_true", help="a few tokens and iterations")
-    parser.add_argument("--iterations", type=int, help="of the fit (default: 12)")
+    parser.add_argument("--iterations", type=int, help="of the fit (default: 12, of smollm2 8)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/armor"), help="without .jsonl and .md")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    protocol = TOY if options.toy else Protocol()
-    if options.iterations:
-        protocol = Protocol(**{**asdict(protocol), "iterations": options.iterations})
     rows = Rows(options.out.with_suffix(".jsonl"))
+    protocols = {}
     for subject in subjects(options):
-        Measured(subject, protocol, rows).all()
-    options.out.with_suffix(".md").write_text("\n".join(tables(rows.all, protocol)) + "\n", encoding="utf-8")
+        protocol = TOY if options.toy else PROTOCOLS[subject.name]
+        protocols[subject.name] = replace(protocol, iterations=options.iterations or protocol.iterations)
+        for _ in Measured(subject, protocols[subject.name], rows).all():  # the table is there whenever it is stopped
+            options.out.with_suffix(".md").write_text("\n".join(tables(rows.all, protocols)) + "\n", encoding="utf-8")
 
 
 class Rows:
@@ -83,11 +85,15 @@ class Rows:
     def has(self, **key: Any) -> bool:
         return any(all(row.get(name) == value for name, value in key.items()) for row in self.all)
 
+    def found(self, field: str, **key: Any) -> Any:
+        """What the first such row says."""
+        return next(row.get(field) for row in self.all if all(row.get(name) == value for name, value in key.items()))
+
     def add(self, **row: Any) -> None:
         self.all.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        print(row, flush=True)
+        print({key: value for key, value in row.items() if key not in ("fits", "points")}, flush=True)
 
 
 class Clocked(ARMOR):
@@ -130,35 +136,38 @@ class Measured:
         ids = subject.calibration(protocol.samples, protocol.length, None)
         self.data = Batches(tuple({"input_ids": one[None]} for one in ids), {"source": "bed", "seed": 0})
         self.held_out = Batches(tuple({"input_ids": one[None]} for one in self.windows), {"source": "bed"})
-        self.seconds: list[float] = []
         self.blocks = BLOCKS[subject.name]
 
-    def all(self) -> None:
+    def all(self) -> Iterator[None]:
+        """What says most comes first; yields after each row."""
         dense = self.model()
-        if not self.rows.has(model=self.subject.name, name="dense"):
-            self.rows.add(
-                model=self.subject.name, name="dense", perplexity=self.perplexity(dense), bits=16.0, seconds=0.0
-            )
-        structure = lw.structure_of(dense)
+        structure, solvers = lw.structure_of(dense), lw.solvers
         half = lw.methods.Uniform(pattern="2:4").plan(dense)
-        solvers = lw.solvers
-        for name in ("magnitude", "wanda", "sparsegpt", "nowag"):
-            self.row(f"{name} 2:4", half, solvers.solver_from({"name": name}), structure)
-        for block in self.blocks:
-            plan = lw.methods.Armor(block=block, overhead=1.0, indivisible="dense").plan(dense)
-            self.row(f"armor b<={block}", plan, Clocked(iterations=self.protocol.iterations), structure)
-            bits = plan.achieved_bits(structure.layers)
-            ends = blocks_dense(half, structure, bits)
-            self.row(f"sparsegpt 2:4, ends dense, bytes of b<={block}", ends, solvers.SparseGPT(), structure)
-            if block == self.blocks[0]:
-                self.row(f"nowag 2:4, ends dense, bytes of b<={block}", ends, solvers.NoWag(), structure)
-                if self.seconds:
-                    CLOCK["limits"] = list(self.seconds)
-                    self.row(f"armor b<={block}, published form, as long", plan, Clocked(), structure)
-                    CLOCK["limits"] = None
+        plans = {
+            side: lw.methods.Armor(block=side, overhead=1.0, indivisible="dense").plan(dense) for side in self.blocks
+        }
+        bits = {side: plan.achieved_bits(structure.layers) for side, plan in plans.items()}
+        small, large = self.blocks
+        fit = Clocked(iterations=self.protocol.iterations)
+        if not self.rows.has(model=self.subject.name, name="dense"):
+            known = self.perplexity(dense)
+            self.rows.add(model=self.subject.name, name="dense", perplexity=known, bits=16.0, seconds=0.0)
+        yield self.row("nowag 2:4", half, solvers.NoWag(), structure)
+        yield self.row(f"armor b<={small}", plans[small], fit, structure)
+        for name in ("magnitude", "wanda", "sparsegpt"):
+            yield self.row(f"{name} 2:4", half, solvers.solver_from({"name": name}), structure)
+        if limits := self.rows.found("fits", model=self.subject.name, name=f"armor b<={small}"):
+            CLOCK["limits"] = list(limits)
+            yield self.row(f"armor b<={small}, published form, as long", plans[small], Clocked(), structure)
+            CLOCK["limits"] = None
+        yield self.traces(dense, structure)
+        yield self.row(f"armor b<={large}", plans[large], fit, structure)
+        for side in self.blocks:
+            ends = blocks_dense(half, structure, bits[side])
+            for solver in (solvers.NoWag(), solvers.SparseGPT()):
+                yield self.row(f"{solver.name} 2:4, ends dense, bytes of b<={side}", ends, solver, structure)
         more = lw.methods.Uniform(pattern="5:8").plan(dense)
-        self.row("sparsegpt 5:8", more, solvers.SparseGPT(), structure)
-        self.traces(dense, structure)
+        yield self.row("sparsegpt 5:8", more, solvers.SparseGPT(), structure)
 
     def row(self, name: str, plan: Plan, solver: Solver, structure: Structure) -> None:
         if self.rows.has(model=self.subject.name, name=name):
@@ -170,8 +179,6 @@ class Measured:
         result = lw.compress(model, plan, solver=solver, data=self.data, settings=lw.Settings(propagate=as_published))
         spent, wall = time.process_time() - started, time.perf_counter() - clock
         losses = CLOCK["losses"]
-        if solver.name == "armor" and CLOCK["limits"] is None:
-            self.seconds = CLOCK["noted"]
         self.rows.add(
             model=self.subject.name,
             name=name,
@@ -180,6 +187,7 @@ class Measured:
             seconds=spent,
             wall=wall,
             fit_seconds=sum(CLOCK["noted"]) or None,
+            fits=CLOCK["noted"] or None,
             losses=[sum(part) / len(losses) for part in zip(*losses, strict=True)] if losses else None,
             blocks=sorted({one.factorize.block for one in plan.layers.values() if one.factorize}) or None,
         )
@@ -250,17 +258,21 @@ def bits_of(plan: Plan, structure: Structure) -> float:
     return bits / sum(layer.size for layer in structure.layers)
 
 
-def tables(rows: list[dict[str, Any]], protocol: Protocol) -> Iterator[str]:
+def tables(rows: list[dict[str, Any]], protocols: dict[str, Protocol]) -> Iterator[str]:
     yield from ["# ARMOR beside 2:4 pruning", ""]
     yield f"Machine: {machine()}; torch {torch.__version__}, layerwise {lw.__version__}; one thread, a machine shared with other work."
-    yield (
+    yield "Bits per weight: of the compressed layers alone, see the head of `benchmarks/armor.py`."
+    for model, protocol in protocols.items():
+        mine = [row for row in rows if row["model"] == model]
+        yield from ["", f"## {model}", "", _line(protocol), "", *table([row for row in mine if "name" in row])]
+        yield from ["", *trace_table([row for row in mine if "trace" in row])]
+
+
+def _line(protocol: Protocol) -> str:
+    return (
         f"Protocol: bfloat16; {protocol.samples} windows of {protocol.length} tokens of calibration, the first of the text; perplexity of"
         f" {protocol.tokens} held-out tokens in windows of {protocol.length}; ARMOR {protocol.iterations} iterations; one seed."
     )
-    for model in dict.fromkeys(row["model"] for row in rows):
-        mine = [row for row in rows if row["model"] == model]
-        yield from ["", f"## {model}", "", *table([row for row in mine if "name" in row])]
-        yield from ["", *trace_table([row for row in mine if "trace" in row])]
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -288,6 +300,8 @@ def trace_table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """How long each form takes to the least loss that the published one reaches."""
     yield "| layer (block) | form | iterations | CPU s | first loss | least loss | default is there after s | times faster |"
     yield "|---|---|--:|--:|--:|--:|--:|--:|"
+    if not rows:
+        yield "| not measured | | | | | | | |"
     own = {row["trace"]: row["points"] for row in rows if row["form"] == "default"}
     for row in rows:
         points = row["points"]
