@@ -52,7 +52,7 @@ class Protocol:
 
 
 SHORT = Protocol(samples=4, tokens=4096, iterations=8, seconds=20.0)  # a model of 135 million weights on one busy core
-PROTOCOLS = {"demo": Protocol(), "stories260k": Protocol(length=256), "smollm2": SHORT}
+PROTOCOLS = {"demo": Protocol(seconds=8.0), "stories260k": Protocol(length=256), "smollm2": SHORT}
 TOY = Protocol(samples=2, length=64, tokens=256, iterations=2, seconds=0.5, roles=("o",))
 
 
@@ -279,8 +279,8 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     known = {row["name"]: row["perplexity"] for row in rows}
     dense, nowag = known.get("dense"), known.get("nowag 2:4")
     yield (
-        "| model | perplexity | gap NoWag-P to dense closed | bits per weight | share of dense bytes | CPU s to compress | of that fitting |"
-        " mean loss before, after |"
+        "| model | perplexity | gap NoWag-P to dense closed | bits per weight | share of dense bytes | CPU s to compress |"
+        " of that fitting | mean loss before, after |"
     )
     yield "|---|--:|--:|--:|--:|--:|--:|--:|"
     for row in rows:

@@ -137,7 +137,7 @@ def test_bad_input_is_one_line():
     weight, power = drawn(2, 4, 8, torch.float32)
     with pytest.raises(ConfigError, match="NoWag needs calibration data"):
         NoWag().solve([weight], None, [TWO_OF_FOUR], [torch.Generator()])
-    with pytest.raises(ConfigError, match='NoWag.compare="rows"'):
+    with pytest.raises(ConfigError, match=r'NoWag\.compare="rows"'):
         NoWag(compare="rows")
     with pytest.raises(SolveError, match="2 of 8 inputs are not finite"):
         solve(weight, torch.tensor([1.0, float("inf"), 1, 1, float("nan"), 1, 1, 1]))
