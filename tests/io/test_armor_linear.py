@@ -8,25 +8,12 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
+from factors import drawn
 from layerwise.errors import ModelError, ShapeError
 from layerwise.io import ArmorLinear, armor_linears, multiplied_out
 from layerwise.io.armor_linear import check_pattern, factored, put_back, unfactorable, why_dense
-from layerwise.solvers import Factors
-from layerwise.solvers.select import keep_nm
 
 torch.set_num_threads(1)
-
-
-def drawn(rows, columns, block, dtype=torch.float32, n=2, m=4, seed=0):
-    stream = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=stream)
-
-    core = normal(rows, columns)
-    keep = keep_nm(core.abs(), n, m)
-    left, right = normal(rows // block, block, block), normal(columns // block, block, block)
-    return Factors.of(left.to(dtype), (core * keep).to(dtype), keep, right.to(dtype), n, m)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from layerwise.engine import compress
+from factors import drawn
+from layerwise.engine import Settings, compress
 from layerwise.errors import ModelError
 from layerwise.io import (
     ArmorLinear,
@@ -95,7 +96,7 @@ def test_bytes_are_those_that_were_counted(made):
 
 
 def test_dense_multiplies_out_to_a_stock_folder(made, tmp_path):
-    _, model, result, saved = made
+    _, model, _, saved = made
     dense = load(saved.folder, dense=True)
     assert not armor_linears(dense)
     for name, parameter in model.named_parameters():
@@ -128,10 +129,8 @@ def test_a_loaded_model_can_be_saved_again_and_in_other_dtypes(made, tmp_path):
 
 
 def test_streamed_models_are_saved_in_factors_and_such_folders_are_streamed(made, tmp_path):
-    source, _, result, saved = made
+    source, _, _, saved = made
     streamed = load_streamed(source, dtype=torch.bfloat16)
-    from layerwise.engine import Settings
-
     plan = Armor(block=8, overhead=1.0).plan(load(source, dtype="bfloat16"))
     own = compress(
         streamed, plan, solver=ARMOR(iterations=3), data=BATCHES, settings=Settings(work=str(tmp_path / "work"))
@@ -156,8 +155,6 @@ class Own(nn.Module):
 
 
 def test_a_module_of_ones_own_class_is_filled_in_factors(tmp_path):
-    from test_armor_linear import drawn
-
     model, x = Own(), torch.randn(3, 8)
     factors = {"two": drawn(8, 16, 4)}
     model.two.weight.data = factors["two"].weight()
@@ -169,8 +166,6 @@ def test_a_module_of_ones_own_class_is_filled_in_factors(tmp_path):
 
 def test_layers_that_the_format_cannot_hold_stay_dense_with_a_note(made, tmp_path):
     source, _, _, _ = made
-    from test_armor_linear import drawn
-
     model = load(source)
     saved = save(model, tmp_path / "out", factors={"model.norm": drawn(8, 8, 4)}, verify=False)
     assert saved.report.notes == ('model.norm saved dense: "model.norm" is a LlamaRMSNorm; factors are for linears.',)
@@ -178,7 +173,7 @@ def test_layers_that_the_format_cannot_hold_stay_dense_with_a_note(made, tmp_pat
 
 
 def test_stale_factors_and_codes_beside_them_are_refused(made, tmp_path):
-    source, model, result, _ = made
+    source, _, result, _ = made
     name = next(iter(result.factors))
     changed = load(source)
     with pytest.raises(ModelError, match="its weight is not what its factors give"):
@@ -197,14 +192,8 @@ def test_files_that_contradict_the_record_are_one_line(made, tmp_path):
 
     def spoilt(entry=None, **parts):
         (folder / "layerwise.json").write_text(json.dumps(record | ({"factors": entry} if entry is not None else {})))
-        new = {
-            name: tensor
-            for name, tensor in tensors.items()
-            if parts.get(name.rpartition(".")[2], tensor) is not None or not name.startswith(layer)
-        }
-        for part, tensor in parts.items():
-            if tensor is not None:
-                new[f"{layer}.{part}"] = tensor
+        new = tensors | {f"{layer}.{part}": tensor for part, tensor in parts.items()}
+        new = {name: tensor for name, tensor in new.items() if tensor is not None}
         save_file(new, folder / "factored.safetensors", metadata={"format": "pt"})
         (folder / "factored.safetensors.index.json").write_text(
             json.dumps({"weight_map": dict.fromkeys(new, "factored.safetensors")})
