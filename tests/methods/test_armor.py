@@ -11,7 +11,8 @@ from torch import nn
 from layerwise.engine import compress
 from layerwise.errors import BudgetError, ConfigError, ShapeError
 from layerwise.methods import METHODS, Armor, method_from
-from layerwise.plan import Factorize, Plan
+from layerwise.methods.armor import sides_of
+from layerwise.plan import Factorize, Plan, Treatments
 from layerwise.solvers import ARMOR
 from layerwise.structure import structure_of
 from layerwise.tasks.batches import Batches
@@ -43,7 +44,7 @@ def test_sides_by_hand():
 
 
 @given(bits=st.floats(9.4, 40))
-def test_a_budget_of_bits_is_met_and_no_larger_common_share_would_be(bits):
+def test_a_budget_of_bits_is_met_and_no_step_more_would_fit(bits):
     model = nn.ModuleList([Block()])
     structure = structure_of(model, include=["*"])
     try:
@@ -57,9 +58,14 @@ def test_a_budget_of_bits_is_met_and_no_larger_common_share_would_be(bits):
     assert plan.budget.bits == bits
     assert plan.budget.achieved_bits == pytest.approx(got)
     plan.check(structure.layers)
-    shares = sorted({plan.layers[one.name].factorize.overhead(one.rows, one.columns) for one in structure.layers})
-    more = Armor(overhead=shares[-1] * 2.01).plan(model, structure=structure)
-    assert more.achieved_bits(structure.layers) > bits or more.layers == plan.layers
+    for layer in structure.layers:  # no layer has room for the next side
+        own = plan.layers[layer.name].factorize.block
+        larger = [side for side in sides_of(layer, 128, "2:4") if side > own]
+        if larger:
+            next_one = plan.model_copy(
+                update={"layers": {**plan.layers, layer.name: Treatments(factorize=Factorize(block=larger[0]))}}
+            )
+            assert next_one.achieved_bits(structure.layers) > bits
 
 
 def test_too_few_bits_say_what_is_needed():

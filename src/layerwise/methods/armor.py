@@ -2,10 +2,11 @@
 
 What is decided here is the side of the diagonal blocks of each layer, which is what the factors cost: b (outputs + inputs) numbers. The
 paper takes one side for all, which costs skinny layers (k, v) several times the share of others. Departure: the largest side up to
-`block` that divides a layer and whose factors take no more than a share `overhead` of its weights; with `bits`, the largest such
-share, one for all layers, that keeps the whole within so many bits per weight. `overhead=1` gives the paper's plan.
+`block` that divides a layer and whose factors take no more than a share `overhead` of its weights; with `bits`, sides that are raised in
+turn, where the share would be least, for as long as the whole stays within so many bits per weight. `overhead=1` gives the paper's plan.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -64,23 +65,26 @@ class Armor:
     def _budgeted(
         self, layers: Sequence[Layer], sides: Mapping[str, Sequence[int]], bits: float
     ) -> dict[str, Factorize]:
-        """The blocks of the largest common share that the bits allow."""
-        shares = sorted({_overhead(layer, side) for layer in layers for side in sides[layer.name]})
-        most = allowed(bits, sum(layer.size for layer in layers))
-        low, high = -1, len(shares) - 1  # the smallest blocks; all at their largest
-        while low < high:
-            middle = -(-(low + high) // 2)
-            if _stored(layers, within(layers, sides, shares[middle], self.pattern)) <= most:
-                low = middle
-            else:
-                high = middle - 1
-        ways = within(layers, sides, shares[low] if low >= 0 else 0.0, self.pattern)
-        if (least := _stored(layers, ways)) > most:
-            needed = least / sum(layer.size for layer in layers)
+        """From the smallest sides on, step by step in the order of the share that a step leads to, ties in the order of the model."""
+        size = sum(layer.size for layer in layers)
+        ways = within(layers, sides, 0.0, self.pattern)
+        left = allowed(bits, size) - sum(_stored(layer, ways[layer.name]) for layer in layers)
+        if left < 0:
+            needed = (allowed(bits, size) - left) / size
             raise BudgetError(
                 f"Armor.bits={bits:g}: cores of {self.pattern} with the smallest blocks take {needed:.4f} bits per weight."
                 " Give more bits, or a sparser pattern."
             )
+        steps = [
+            (Factorize(block=side, pattern=self.pattern), before, layer)
+            for layer in layers
+            for before, side in itertools.pairwise(sides[layer.name])
+        ]
+        for way, before, layer in sorted(steps, key=lambda step: step[0].overhead(step[2].rows, step[2].columns)):
+            more = _stored(layer, way) - _stored(layer, ways[layer.name])
+            if ways[layer.name].block == before and more <= left:
+                ways[layer.name] = way
+                left -= more
         return ways
 
 
@@ -98,17 +102,14 @@ def within(
     """For each layer the largest side whose factors take no more than this share of its weights, or its smallest."""
     ways = {}
     for layer in layers:
-        fitting = [side for side in sides[layer.name] if _overhead(layer, side) <= overhead]
-        ways[layer.name] = Factorize(block=fitting[-1] if fitting else sides[layer.name][0], pattern=pattern)
+        options = [Factorize(block=side, pattern=pattern) for side in sides[layer.name]]
+        fitting = [way for way in options if way.overhead(layer.rows, layer.columns) <= overhead]
+        ways[layer.name] = fitting[-1] if fitting else options[0]
     return ways
 
 
-def _overhead(layer: Layer, side: int) -> float:
-    return side * (layer.rows + layer.columns) / (layer.rows * layer.columns)
-
-
-def _stored(layers: Sequence[Layer], ways: Mapping[str, Factorize]) -> int:
-    return sum(ways[layer.name].stored_bits(layer.size, layer.rows, layer.columns) for layer in layers)
+def _stored(layer: Layer, way: Factorize) -> int:
+    return way.stored_bits(layer.size, layer.rows, layer.columns)
 
 
 def _indivisible(pattern: str, odd: Sequence[Layer], layers: int) -> str:
