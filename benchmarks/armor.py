@@ -6,7 +6,8 @@
 Every row is one compressed model, in bfloat16: 2:4 by magnitude, Wanda, SparseGPT and NoWag-P; ARMOR with two block sizes; its published
 form (joint Adam, the official rate) for as many seconds in every layer as the default took; and pruned models of about as many bytes as
 ARMOR has: 2:4 with blocks at both ends left dense, and 5:8. Wanda and SparseGPT are measured on inputs that compressed blocks produce,
-NoWag-P and ARMOR on those of the dense model, as published. Solving is counted in CPU seconds of one thread: a busy machine adds none.
+NoWag-P and ARMOR on those of the dense model, as published. Solving is counted in CPU seconds of one thread: a busy
+machine adds none (`--device cuda`: in seconds).
 
 Bytes are those of the compressed layers: kept values of 16 bits and one bit for every position, both factors of 16-bit numbers. The
 traces fit single layers for longer, at the published rate and at ten times that. Rows that the file has already are not measured again.
@@ -53,6 +54,7 @@ class Protocol:
 
 SHORT = Protocol(samples=4, tokens=4096, iterations=8, seconds=20.0)  # a model of 135 million weights on one busy core
 PROTOCOLS = {"demo": Protocol(seconds=8.0), "stories260k": Protocol(length=256), "smollm2": SHORT}
+FULL = Protocol(iterations=100, seconds=10.0)
 TOY = Protocol(samples=2, length=64, tokens=256, iterations=2, seconds=0.5, roles=("o",))
 
 
@@ -61,13 +63,18 @@ def main() -> None:
     add_arguments(parser, "demo,smollm2")
     parser.add_argument("--toy", action="store_true", help="a few tokens and iterations")
     parser.add_argument("--iterations", type=int, help="of the fit (default: 12, of smollm2 8)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where models are (default: cpu)")
+    parser.add_argument(
+        "--full", action="store_true", help="the same 4096 + 8192 tokens and 100 iterations for every model"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/armor"), help="without .jsonl and .md")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    DEVICE["name"] = options.device
     rows = Rows(options.out.with_suffix(".jsonl"))
     protocols = {}
     for subject in subjects(options):
-        protocol = TOY if options.toy else PROTOCOLS[subject.name]
+        protocol = TOY if options.toy else FULL if options.full else PROTOCOLS[subject.name]
         protocols[subject.name] = replace(protocol, iterations=options.iterations or protocol.iterations)
         for _ in Measured(subject, protocols[subject.name], rows).all():  # the table is there whenever it is stopped
             options.out.with_suffix(".md").write_text("\n".join(tables(rows.all, protocols)) + "\n", encoding="utf-8")
@@ -102,27 +109,36 @@ class Clocked(ARMOR):
     def fit(self, target: Target, generator: torch.Generator) -> Fit:
         noted: list[float] = CLOCK["noted"]
         limits: list[float] | None = CLOCK["limits"]
-        started = time.process_time()
+        started = seconds_now()
         found = (
             super().fit(target, generator) if limits is None else within(target, self.rate, limits.pop(0), generator)
         )
-        noted.append(time.process_time() - started)
+        noted.append(seconds_now() - started)
         CLOCK["losses"].append((found.losses[0], min(found.losses)))
         return found
 
 
+DEVICE = {"name": "cpu"}
 CLOCK: dict[str, Any] = {"noted": [], "limits": None, "losses": []}
+
+
+def seconds_now() -> float:
+    """CPU seconds of this process; with CUDA those of the clock, once the device has finished."""
+    if DEVICE["name"] == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def within(target: Target, rate: float, seconds: float, generator: torch.Generator) -> Fit:
     state = start(target, keep_nm(target.weight.square() * target.power, target.n, target.m))
-    total, losses, started = float(target.total), [], time.process_time()
+    total, losses, started = float(target.total), [], seconds_now()
     best = state.copy()
     for now in adam(target, state, rate, generator):
         losses.append(float(now) / total)
         if losses[-1] == min(losses):
             best = state.copy()
-        if time.process_time() - started > seconds:
+        if seconds_now() - started > seconds:
             break
     return Fit(best, tuple(losses))
 
@@ -175,9 +191,9 @@ class Measured:
         model = self.model()
         CLOCK["noted"], CLOCK["losses"] = [], []
         as_published = "dense" if solver.name in ("nowag", "armor") else "compressed"
-        started, clock = time.process_time(), time.perf_counter()
+        started, clock = seconds_now(), time.perf_counter()
         result = lw.compress(model, plan, solver=solver, data=self.data, settings=lw.Settings(propagate=as_published))
-        spent, wall = time.process_time() - started, time.perf_counter() - clock
+        spent, wall = seconds_now() - started, time.perf_counter() - clock
         losses = CLOCK["losses"]
         self.rows.add(
             model=self.subject.name,
@@ -193,7 +209,7 @@ class Measured:
         )
 
     def model(self) -> torch.nn.Module:
-        return lw.load(self.subject.folder, dtype="bfloat16")
+        return lw.load(self.subject.folder, dtype="bfloat16", device=DEVICE["name"])
 
     def perplexity(self, model: torch.nn.Module) -> float:
         return lw.evaluate(model, self.held_out, convention="all").perplexity
@@ -226,9 +242,9 @@ class Measured:
             else exact(target, state, plain.draws, plain.steps, plain.select, stream)
         )
         most = self.protocol.seconds / (1 if rate else 4)
-        total, started = float(target.total), time.process_time()
+        total, started = float(target.total), seconds_now()
         for now in going:
-            spent = time.process_time() - started
+            spent = seconds_now() - started
             yield round(spent, 4), float(now) / total
             if spent > most:
                 return
@@ -260,7 +276,13 @@ def bits_of(plan: Plan, structure: Structure) -> float:
 
 def tables(rows: list[dict[str, Any]], protocols: dict[str, Protocol]) -> Iterator[str]:
     yield from ["# ARMOR beside 2:4 pruning", ""]
-    yield f"Machine: {machine()}; torch {torch.__version__}, layerwise {lw.__version__}; one thread, a machine shared with other work."
+    yield f"Machine: {machine()}; torch {torch.__version__}, layerwise {lw.__version__}."
+    gpu = torch.cuda.get_device_name() if DEVICE["name"] == "cuda" else None
+    yield (
+        f"Seconds are of {gpu}."
+        if gpu
+        else "Seconds are CPU seconds of one thread, on a machine shared with other work."
+    )
     yield "Bits per weight: of the compressed layers alone, see the head of `benchmarks/armor.py`."
     for model, protocol in protocols.items():
         mine = [row for row in rows if row["model"] == model]
@@ -279,7 +301,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     known = {row["name"]: row["perplexity"] for row in rows}
     dense, nowag = known.get("dense"), known.get("nowag 2:4")
     yield (
-        "| model | perplexity | gap NoWag-P to dense closed | bits per weight | share of dense bytes | CPU s to compress |"
+        "| model | perplexity | gap NoWag-P to dense closed | bits per weight | share of dense bytes | s to compress |"
         " of that fitting | mean loss before, after |"
     )
     yield "|---|--:|--:|--:|--:|--:|--:|--:|"
@@ -298,7 +320,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def trace_table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """How long each form takes to the least loss that the published one reaches."""
-    yield "| layer (block) | form | iterations | CPU s | first loss | least loss | default is there after s | times faster |"
+    yield "| layer (block) | form | iterations | s | first loss | least loss | default is there after s | times faster |"
     yield "|---|---|--:|--:|--:|--:|--:|--:|"
     if not rows:
         yield "| not measured | | | | | | | |"
