@@ -1,6 +1,7 @@
 """ARMOR beside 2:4 pruning on language models: perplexity, bytes and time; and its default form beside the published one.
 
     python benchmarks/armor.py --bed FOLDER --work WORK --models demo,smollm2
+    python benchmarks/armor.py --bed FOLDER --work WORK --models demo,smollm2 --full --device cuda --out benchmarks/results/armor_cuda
     python benchmarks/armor.py --work WORK --models demo --toy        # a few tokens: the same code, no claim
 
 Every row is one compressed model, in bfloat16: 2:4 by magnitude, Wanda, SparseGPT and NoWag-P; ARMOR with two block sizes; its published
@@ -54,7 +55,7 @@ class Protocol:
 
 SHORT = Protocol(samples=4, tokens=4096, iterations=8, seconds=20.0)  # a model of 135 million weights on one busy core
 PROTOCOLS = {"demo": Protocol(seconds=8.0), "stories260k": Protocol(length=256), "smollm2": SHORT}
-FULL = Protocol(iterations=100, seconds=10.0)
+FULL = Protocol(iterations=30, seconds=5.0)
 TOY = Protocol(samples=2, length=64, tokens=256, iterations=2, seconds=0.5, roles=("o",))
 
 
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, help="of the fit (default: 12, of smollm2 8)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where models are (default: cpu)")
     parser.add_argument(
-        "--full", action="store_true", help="the same 4096 + 8192 tokens and 100 iterations for every model"
+        "--full", action="store_true", help="4096 + 8192 tokens and 30 iterations for every model: for a GPU"
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/armor"), help="without .jsonl and .md")
     options = parser.parse_args()

@@ -57,6 +57,8 @@ def test_the_core_is_made_once_and_anew_when_the_values_change():
         module.values.mul_(2)
         assert module._core()[0] is not first
         torch.testing.assert_close(module(x), 2 * before)
+        module.values = nn.Parameter(module.values / 2)  # another tensor, wherever it comes to lie
+        torch.testing.assert_close(module(x), before)
         module.double()
         assert module(x.double()).dtype == torch.float64
 

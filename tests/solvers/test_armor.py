@@ -256,6 +256,10 @@ def test_bad_requests_are_one_line():
         ARMOR().solve([weight], None, [Factorize(block=4)], [torch.Generator()])
     with pytest.raises(ConfigError, match='"armor" cannot prune, only factorize'):
         ARMOR().solve([weight], InputStatistics(1, squares), [Prune(sparsity=0.5)], [torch.Generator()])
+    with pytest.raises(
+        ConfigError, match=r"a core of 8:16 has 12870 masks for each group, and all are tried: take one of 1000 at most"
+    ):
+        solve(torch.ones(16, 16), torch.ones(16), block=16, pattern="8:16")
     with pytest.raises(SolveError, match="12 of 12 inputs are not finite"):
         solve(weight, squares * torch.inf, block=4)
     with pytest.raises(SolveError, match="96 non-finite values"):

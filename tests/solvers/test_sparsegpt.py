@@ -403,9 +403,7 @@ def test_blocks_that_the_plan_names_go_and_the_rest_makes_up_for_them():
 
 def test_2_4_on_few_tokens_worked_by_hand():
     """Five tokens, the Hessian 2/5 X^T X with 1 % damping: 1 % of the gram's own mean here."""
-    inputs = torch.tensor(
-        [[1, 0.5, 0, 0.2], [0, 1, 0.3, -0.4], [0.2, -0.1, 1, 0.6], [0.5, 0.3, -0.2, 1], [1, 1, 0, 0]]
-    )
+    inputs = torch.tensor([[1, 0.5, 0, 0.2], [0, 1, 0.3, -0.4], [0.2, -0.1, 1, 0.6], [0.5, 0.3, -0.2, 1], [1, 1, 0, 0]])
     weight = torch.tensor([[1, 2, 2, 0.5], [2, -1, 1, 4.0]])
     gram = inputs.T @ inputs
     solved = solve(SparseGPT(), weight, gram, TWO_FOUR)

@@ -32,7 +32,7 @@ class ArmorLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.bits: Tensor
         self.register_buffer("bits", factors.bits.detach().clone())
-        self._made: tuple[object, Tensor, str] | None = None  # of what, the core to run, how
+        self._made: tuple[tuple[Tensor, Tensor, int], Tensor, str] | None = None  # of what, the core to run, how
 
     @property
     def factors(self) -> Factors:
@@ -66,13 +66,17 @@ class ArmorLinear(nn.Module):
         """The core as it runs here, made once for the values, device and dtype that there are."""
         values = self.values
         version = 0 if values.is_inference() else values._version
-        now = (values.data_ptr(), version, values.device, values.dtype, self.bits.data_ptr())
-        if self._made is None or self._made[0] != now:
+        if self._made is None or not _same(self._made[0], values, self.bits, version):
             core = self.factors.core()
             why = why_dense(core, self.n, self.m)
             if why is None:
                 core = torch.sparse.to_sparse_semi_structured(core)
-            self._made = now, core, "semi-structured" if why is None else f"dense: {why}"
+            # what it was made of is kept, so that no other tensor can come to lie at the same place
+            self._made = (
+                (values.detach(), self.bits, version),
+                core,
+                "semi-structured" if why is None else f"dense: {why}",
+            )
         return self._made[1], self._made[2]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,6 +86,11 @@ class ArmorLinear(nn.Module):
     def extra_repr(self) -> str:
         block = self.left.shape[-1]
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.n}:{self.m}, block={block}"
+
+
+def _same(of: tuple[Tensor, Tensor, int], values: Tensor, bits: Tensor, version: int) -> bool:
+    same = (a.data_ptr() == b.data_ptr() and a.device == b.device for a, b in zip(of[:2], (values, bits), strict=True))
+    return all(same) and of[0].dtype == values.dtype and of[2] == version
 
 
 def times_blocks(rows: Tensor, blocks: Tensor) -> Tensor:

@@ -7,8 +7,6 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-MOST = 1000  # masks of a group: 2:4 has 6, 4:8 has 70, 6:12 has 924
-
 
 @dataclass(frozen=True)
 class Masks:

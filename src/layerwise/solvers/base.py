@@ -1,5 +1,6 @@
 """What every solver offers. A solver knows tensors and treatments: no module, no config, no layer name."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -60,6 +61,7 @@ class Solver(Protocol):
 
 PRUNES: frozenset[str] = frozenset({"prune"})
 QUANTIZES: frozenset[str] = frozenset({"quantize"})
+MOST_MASKS = 1000  # of a group of a core: 2:4 has 6, 4:8 has 70, 6:12 has 924
 FACTORIZES: frozenset[str] = frozenset({"factorize"})
 
 
@@ -69,6 +71,8 @@ def refusal(solver: Solver, treated: Treated) -> str | None:
     for field in sorted(treatments.model_fields_set - solver.treats):
         if getattr(treatments, field) is not None:
             return f'solver "{solver.name}" cannot {field}, only {" and ".join(sorted(solver.treats))}'
+    if (factorize := treatments.factorize) and (masks := math.comb(*factorize.nm[::-1])) > MOST_MASKS:
+        return f"a core of {factorize.pattern} has {masks} masks for each group, and all are tried: take one of {MOST_MASKS} at most"
     prune, quantize = treatments.prune, treatments.quantize
     if prune and not solver.every_pattern and prune.pattern != "unstructured" and not prune.nm:
         return (
