@@ -112,7 +112,7 @@ def save(
         check_schemes(packing.schemes, packing.linears, target)
         if verify and packing.codes:
             need_compressed_tensors()
-    whole = check_output(folder, force=force, needed=needed_bytes(model) * (2 if packing else 1))
+    whole = check_output(folder, force=force, needed=needed_bytes(model) * (2 if packing or every else 1))
     before = sum(file.stat().st_size for file in weight_files(Path(dense))) if dense is not None else None
     with whole_folder(whole, force=force) as partial:
         loader = _write_model(model, partial)

@@ -41,7 +41,7 @@ def save_whole_streamed(
     if packing is not None:
         check_schemes(packing.schemes, packing.linears, target)
     before = sum(file.stat().st_size for file in weight_files(Path(dense)))
-    whole = check_output(folder, force=force, needed=before * (2 if packing else 1) + (32 << 20))
+    whole = check_output(folder, force=force, needed=before * (2 if packing or factors else 1) + (32 << 20))
     with whole_folder(whole, force=force) as partial:
         save_streamed(model, partial)
         if packing is not None:

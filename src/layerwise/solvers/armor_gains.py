@@ -35,7 +35,7 @@ def gains(state: State, gradient: Tensor, left: Tensor, masks: Masks) -> Tensor:
             one[:, here.start * m : here.stop * m].T.contiguous().view(-1, m, rows) for one in (gradient, state.core)
         )
         moved = torch.bmm(within[here], core)
-        zeroed = slope.addcmul_(moved, own, value=-1)
+        zeroed = torch.addcmul(slope, moved, own, value=-1)
         best = torch.bmm(weights[here], zeroed[:, first].mul_(zeroed[:, second])).amax(1)
         present = (core * (moved.mul_(own) + 2 * zeroed)).sum(1)
         found[here] = torch.addcmul(present, best, flat)
