@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from factors import drawn
 from layerwise.errors import ModelError, ShapeError
-from layerwise.io import ArmorLinear, armor_linears, multiplied_out
+from layerwise.io import ArmorLinear, armor_linears, fastest_cores, multiplied_out
 from layerwise.io.armor_linear import check_pattern, factored, put_back, unfactorable, why_dense
 
 torch.set_num_threads(1)
@@ -129,6 +129,32 @@ def test_sparse_kernels_give_the_numbers_of_the_product(dtype, tokens):
         assert float((module(x).float() - wanted).norm() / wanted.norm()) < 2e-2
     assert ArmorLinear(drawn(128, 256, 32).to("cuda")).kernel == "dense: float32 is not a 16-bit float"
     assert "multiples" in ArmorLinear(drawn(8, 8, 4, dtype).to("cuda")).kernel
+    kept = fastest_cores(nn.Sequential(module), tokens)["0"]
+    assert kept in ("semi-structured", "dense: faster so, as measured")
+    with torch.no_grad():
+        assert float((module(x).float() - wanted).norm() / wanted.norm()) < 2e-2
+
+
+def test_the_faster_of_both_ways_is_kept_and_nothing_is_timed_without_kernels(monkeypatch):
+    from layerwise.io import armor_linear
+
+    model, x = nn.Sequential(ArmorLinear(drawn(8, 8, 4)), ArmorLinear(drawn(8, 8, 4, seed=1))).eval(), torch.randn(2, 8)
+    wanted = model(x)
+    timed = []
+    monkeypatch.setattr(armor_linear, "_seconds", lambda core, rows: timed.append((core, rows)) or len(timed))
+    assert set(fastest_cores(model, 4).values()) == {"dense: no semi-structured kernels on cpu"}
+    assert not timed
+    monkeypatch.setattr(armor_linear, "why_dense", lambda core, n, m: None)
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda core: core.clone())
+    assert fastest_cores(model, 4) == {
+        "0": "semi-structured",
+        "1": "semi-structured",
+    }  # the first took 1, the dense one 2
+    assert [rows for _, rows in timed] == [4, 4]  # one shape
+    slower = iter([2.0, 1.0])
+    monkeypatch.setattr(armor_linear, "_seconds", lambda core, rows: next(slower))
+    assert set(fastest_cores(model, 1).values()) == {"dense: faster so, as measured"}
+    torch.testing.assert_close(model(x), wanted)
 
 
 class Two(nn.Module):

@@ -1,6 +1,6 @@
 """Models and tokenizers in and out of folders, in stock formats; what is saved is checked in a fresh process."""
 
-from .armor_linear import ArmorLinear, armor_linears, multiplied_out
+from .armor_linear import ArmorLinear, armor_linears, fastest_cores, multiplied_out
 from .block_sparse import BlockSparseLinear, block_sparse_on_cpu
 from .cpu import int8_on_cpu
 from .kv_cache import load_cache
@@ -28,6 +28,7 @@ __all__ = [
     "check_output",
     "check_plan",
     "count_zeros",
+    "fastest_cores",
     "int8_on_cpu",
     "linears_of",
     "load",

@@ -19,8 +19,11 @@ SIXTEEN = (torch.float16, torch.bfloat16)
 class ArmorLinear(nn.Module):
     """In the place of a linear, or of transformers' `Conv1D`. Takes and gives any dtype; computes in that of its factors.
 
-    Parameters left, values, right and bias, buffer bits: see `Factors`. They can be trained; which entries are kept stays.
+    Parameters left, values, right and bias, buffer bits: see `Factors`. They can be trained; which entries are kept stays. `sparse`: False
+    keeps the core dense also where a sparse kernel would run it (`fastest_cores`).
     """
+
+    sparse: bool = True
 
     def __init__(self, factors: Factors, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -68,7 +71,7 @@ class ArmorLinear(nn.Module):
         version = 0 if values.is_inference() else values._version
         if self._made is None or not _same(self._made[0], values, self.bits, version):
             core = self.factors.core()
-            why = why_dense(core, self.n, self.m)
+            why = why_dense(core, self.n, self.m) or (None if self.sparse else "faster so, as measured")
             if why is None:
                 core = torch.sparse.to_sparse_semi_structured(core)
             # what it was made of is kept, so that no other tensor can come to lie at the same place
@@ -125,6 +128,35 @@ def check_pattern(core: Tensor, n: int = 2, m: int = 4) -> None:
     crowded = int((torch.count_nonzero(core.view(-1, m), dim=1) > n).sum())
     if crowded:
         raise ShapeError(f"{crowded} groups of {m} have more than {n} non-zeros: this is no {n}:{m} core.")
+
+
+def fastest_cores(model: nn.Module, rows: int) -> dict[str, str]:
+    """Time every core on `rows` tokens at once, sparse and dense, and keep the faster way; for inference, where the model will run.
+
+    Sparse kernels gain on large matrices with many rows and may lose by far on few, as in decoding. Returns name -> `kernel`.
+    Each shape is timed once; nothing is timed where there is no sparse kernel.
+    """
+    faster: dict[tuple[object, ...], bool] = {}
+    for module in armor_linears(model).values():
+        module.sparse, module._made = True, None
+        core, kernel = module._core()
+        if kernel == "semi-structured":
+            shape = (*module.factors.shape, core.dtype, core.device)
+            if shape not in faster:
+                faster[shape] = _seconds(core, rows) < _seconds(module.factors.core(), rows)
+            module.sparse = faster[shape]
+            module._made = module._made if module.sparse else None
+    return {name: module.kernel for name, module in armor_linears(model).items()}
+
+
+@torch.no_grad()
+def _seconds(core: Tensor, rows: int) -> float:
+    """Median of one product with so many rows."""
+    from torch.utils.benchmark import Timer
+
+    inputs = torch.randn(rows, core.shape[1], device=core.device, dtype=core.dtype)
+    timer = Timer("linear(inputs, core)", globals={"linear": nn.functional.linear, "inputs": inputs, "core": core})
+    return float(timer.blocked_autorange(min_run_time=0.05).median)
 
 
 def _cutlass() -> bool:
