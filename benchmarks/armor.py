@@ -249,7 +249,7 @@ class Measured:
         total, started = float(target.total), seconds_now()
         for now in going:
             spent = seconds_now() - started
-            yield round(spent, 4), float(now) / total
+            yield round(spent, 3), round(float(now) / total, 7)
             if spent > most:
                 return
 
