@@ -86,6 +86,15 @@ def test_packed_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 
 @needs_demo
+def test_armor_factors(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    cost = example("armor_factors").main(tmp_path / "out")
+    out = capsys.readouterr().out
+    assert "56 layers in 10.50 bits per weight" in out
+    assert "Loads with layerwise.load: 243 tensors equal bit for bit" in out
+    assert cost.dense_perplexity < cost.perplexity < 3 * cost.dense_perplexity
+
+
+@needs_demo
 def test_compress_in_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert model_folder("demo") == DEMO.parent
     cost = example("compress_in_python").main(str(tmp_path / "out"), length=128)

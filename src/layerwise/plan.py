@@ -70,7 +70,8 @@ class ModelFacts(Record):
 
 
 class Budget(Record):
-    """What the layers of the plan may cost together. `sparsity` counts the layers that the plan prunes, `bits` those it quantises."""
+    """What the layers of the plan may cost together. `sparsity` counts the layers that the plan prunes, `bits` those it quantises
+    or factorises."""
 
     sparsity: Fraction | None = Field(default=None, description="give the fraction removed, 0 <= sparsity <= 1")
     parameters: Amount | None = Field(default=None, description="give a number of parameters, at least 0")
@@ -129,7 +130,8 @@ class Plan(Record):
         return sum(zeros.values()) / total if total else 0.0
 
     def achieved_bits(self, layers: Iterable[Sized], *, nominal: bool = False) -> float:
-        """Bits per weight of the layers that the plan quantises, scales and zeros counted unless `nominal`; 0.0 if it quantises none."""
+        """Bits per weight of the layers that the plan quantises or factorises, scales and zeros, or factors, counted unless `nominal`; 0.0
+        if there are none."""
         bits, weights = bits_taken(self.layers, layers, nominal=nominal, shift=bool(self.budget.shift))
         return bits / weights if weights else 0.0
 

@@ -1,4 +1,4 @@
-"""What the layers that a plan quantises take in bits, true or nominal, and whether that is within its budget."""
+"""What the layers that a plan quantises or factorises take in bits, true or nominal, and whether that is within its budget."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -11,12 +11,16 @@ from .treatments import Treatments
 def bits_taken(
     entries: Mapping[str, Treatments], layers: Iterable[Sized], *, nominal: bool = False, shift: bool = False
 ) -> tuple[int, int]:
-    """(bits, weights) of the layers that are quantised. nominal: scales and zeros not counted; shift: a zero takes 16 bits."""
+    """(bits, weights) of the layers that are quantised or factorised. nominal: scales and zeros, or factors, not counted; shift: a zero
+    takes 16 bits."""
     bits = weights = 0
     for layer in layers:
         entry = entries.get(layer.name)
         if entry and entry.quantize:
             bits += entry.quantize.stored_bits(layer.size, layer.columns, nominal=nominal, shift=shift)
+            weights += layer.size
+        elif entry and entry.factorize:
+            bits += entry.factorize.stored_bits(layer.size, layer.rows, layer.columns, nominal=nominal)
             weights += layer.size
     return bits, weights
 

@@ -153,12 +153,49 @@ class Factorize(Record):
     """Replace the weight by block-diagonal x sparse core x block-diagonal (ARMOR); `block` is the block's side."""
 
     block: Annotated[Count, Field(ge=1)] = Field(description="give the side of the diagonal blocks, at least 1")
-    pattern: str = Field(default="2:4", description=_PATTERNS)
+    pattern: str = Field(
+        default="2:4", description='write n:m with 0 < n <= m such as "2:4": n of every m entries of the core are kept'
+    )
 
     @field_validator("pattern")
     @classmethod
     def _known(cls, pattern: str) -> str:
-        return Prune._known(pattern)
+        if ":" not in Prune._known(pattern):
+            raise ValueError("no n:m pattern")
+        return pattern
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> "Factorize":
+        if self.block % self.nm[1]:
+            m = self.nm[1]
+            raise ValueError(f"a block of {self.block} does not split into groups of {m}; take a multiple of {m}")
+        return self
+
+    @property
+    def nm(self) -> tuple[int, int]:
+        """(n kept, m) of the core."""
+        n, _, m = self.pattern.partition(":")
+        return int(n), int(m)
+
+    def problem(self, rows: int, columns: int) -> str | None:
+        """Why a (rows, columns) matrix cannot be split so, with what to do; None if it can."""
+        if rows % self.block == 0 and columns % self.block == 0:
+            return None
+        shape = f"{rows} outputs x {columns} inputs"
+        return f"{shape} do not split into diagonal blocks of {self.block}. Take one that divides both."
+
+    def overhead(self, rows: int, columns: int) -> float:
+        """Numbers in both factors over weights of a (rows, columns) matrix: b (rows + columns) / (rows columns)."""
+        return self.block * (rows + columns) / (rows * columns)
+
+    def stored_bits(self, size: int, rows: int, columns: int, *, nominal: bool = False) -> int:
+        """Whole bits of `size` weights in (rows, columns) matrices, numbers taking 16: kept values, a bit for each position, factors.
+
+        nominal: the core alone.
+        """
+        n, m = self.nm
+        core = size // m * n * 16 + size // columns * (-(-columns // 8) * 8) if columns else 0
+        return core if nominal or not size else core + size // (rows * columns) * 16 * self.block * (rows + columns)
 
 
 class Resize(Record):
@@ -273,10 +310,8 @@ class Treatments(Record):
             found.append(
                 f"{shape} do not split into quantization groups of {group}. Take a group that divides the inputs, or null."
             )
-        if self.factorize and (rows % self.factorize.block or columns % self.factorize.block):
-            found.append(
-                f"{shape} do not split into diagonal blocks of {self.factorize.block}. Take one that divides both."
-            )
+        if self.factorize and (problem := self.factorize.problem(rows, columns)):
+            found.append(problem)
         return found
 
 

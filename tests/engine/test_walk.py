@@ -383,9 +383,11 @@ def test_bad_requests_are_refused_before_any_work(tmp_path):
     before = weights(model, structure)
     with pytest.raises(DataError, match="needs calibration data"):
         compress(model, plan, solver=Wanda())
-    with pytest.raises(PlanError, match="factorize cannot be applied by this version; it applies prune and quantize"):
-        factorize = Plan.model_validate({"layers": {"model.layers.0.mlp.up_proj": {"factorize": {"block": 4}}}})
-        compress(model, factorize, solver=Wanda(), data=data)
+    with pytest.raises(
+        PlanError, match="resize cannot be applied by this version; it applies prune, quantize and factorize"
+    ):
+        resize = Plan.model_validate({"layers": {"model.layers.0.mlp.up_proj": {"resize": {"channels": 4}}}})
+        compress(model, resize, solver=Wanda(), data=data)
     with pytest.raises(PlanError, match=r'Did you mean "model.layers.0.mlp.gate_proj"'):
         compress(model, Plan(layers={"model.layers.0.mlp.gate": Prune(sparsity=0.5)}), solver=Wanda(), data=data)
     with pytest.raises(PlanError, match="multiplies no input"):

@@ -399,3 +399,20 @@ def test_blocks_that_the_plan_names_go_and_the_rest_makes_up_for_them():
     assert torch.equal(solved.keep, keep)
     masked = weight * keep
     assert loss(weight, solved, gram) < float((((weight - masked) @ gram) * (weight - masked)).sum())
+
+
+def test_2_4_on_few_tokens_worked_by_hand():
+    """Five tokens, the Hessian 2/5 X^T X with 1 % damping: 1 % of the gram's own mean here."""
+    inputs = torch.tensor([[1, 0.5, 0, 0.2], [0, 1, 0.3, -0.4], [0.2, -0.1, 1, 0.6], [0.5, 0.3, -0.2, 1], [1, 1, 0, 0]])
+    weight = torch.tensor([[1, 2, 2, 0.5], [2, -1, 1, 4.0]])
+    gram = inputs.T @ inputs
+    solved = solve(SparseGPT(), weight, gram, TWO_FOUR)
+    wanted = torch.tensor([[0, 2.710930, 1.861131, 0], [2, 0, 0, 4.215418]])
+    torch.testing.assert_close(solved.weight, wanted, atol=1e-5, rtol=0)
+    change = weight - solved.weight
+    assert float(((change @ gram) * change).sum()) == pytest.approx(5.599477, abs=1e-4)
+    inverse = torch.linalg.inv(damped(2 / 5 * gram))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    scores = weight.double().square() / upper.diagonal().square()
+    first = [[0.278005, 3.752621, 1.757843, 0.157833], [1.112019, 0.938155, 0.439461, 10.101280]]
+    torch.testing.assert_close(scores, torch.tensor(first, dtype=torch.float64), atol=1e-5, rtol=0)

@@ -81,6 +81,10 @@ Bits = Annotated[
         " number.  [dim]default: the method's own[/]",
     ),
 ]
+Dense = Annotated[
+    bool,
+    _option(HOW, None, "With --solver armor: save the factors multiplied out, a stock folder in full size.", "--dense"),
+]
 Levels = Annotated[
     str | None,
     _option(
@@ -113,8 +117,8 @@ Keep = Annotated[
 ]
 
 # how: the weights, and the judgement
-_SOLVERS = "magnitude, random, wanda, sparsegpt.  [dim]default: wanda[/]"
-_QUANTIZERS = "For a plan of bits: round_to_nearest, hqq, gptq.  [dim]default: gptq[/]"
+_SOLVERS = "magnitude, random, wanda, nowag, sparsegpt.  [dim]default: wanda[/]"
+_QUANTIZERS = "For a plan of bits: round_to_nearest, hqq, gptq.  [dim]default: gptq[/]  In factors: [bold]armor[/]."
 Solver = Annotated[str | None, _option(HOW, "NAME", f"What computes the new weights: {_SOLVERS} {_QUANTIZERS}")]
 Solvers = Annotated[str | None, _option(HOW, "A,B,…", f"Solvers: {_SOLVERS}", "--solver")]
 SolverSet = Annotated[

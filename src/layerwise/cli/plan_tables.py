@@ -15,11 +15,12 @@ MOST_BARS = 48  # a model of more blocks than this gets no chart in the terminal
 
 
 def show_plan(made: "Plan", structure: "Structure", screen: Screen) -> None:
-    """Zeros, bits, or both, of the layers that the plan treats so."""
+    """Zeros, bits, factors, of the layers that the plan treats so."""
     zeros = made.zeros(structure.layers)
     bits = {name: entry.quantize.bits for name, entry in made.layers.items() if entry.quantize}
     name = f"[bold]{made.method.get('name', 'plan')}[/]"
-    if zeros or not bits:
+    blocks = {name: float(entry.factorize.block) for name, entry in made.layers.items() if entry.factorize}
+    if zeros or not (bits or blocks):
         sizes = {layer.name: layer.size for layer in structure.layers}
         total = sum(sizes[one] for one in zeros)
         screen.show(
@@ -37,6 +38,12 @@ def show_plan(made: "Plan", structure: "Structure", screen: Screen) -> None:
         levels = {one: float(value) for one, value in bits.items()}
         _chart(_by_block(structure, levels), screen, ".2f", float(max(bits.values())))
         screen.show("", _by_role(structure, levels, "{:.2f}", ("fewest bits", "mean", "most bits")))
+    if blocks:
+        true, core = made.achieved_bits(structure.layers), made.achieved_bits(structure.layers, nominal=True)
+        screen.show(
+            f"{name}: {true:.4f} bits per weight with factors, the cores alone {core:.4f} ({len(blocks)} layers)\n",
+            _by_role(structure, blocks, "{:.0f}", ("smallest block", "mean", "largest block")),
+        )
 
 
 def _by_block(structure: "Structure", values: Mapping[str, float]) -> dict[str, float]:

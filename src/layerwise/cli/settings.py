@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError
 
@@ -12,9 +12,13 @@ if TYPE_CHECKING:
     from ..engine.walk import Propagate
     from ..evaluate.logits import Convention
     from ..methods import Method
+    from ..plan import Plan
     from ..solvers import Solver
 
-DEFAULT_METHOD, DEFAULT_SOLVER, DEFAULT_QUANTIZER = "uniform", "wanda", "gptq"
+    Treatment = Literal["prune", "quantize", "factorize"]
+
+DEFAULT_METHOD, FACTORIZER = "uniform", "armor"  # the second is a method and a solver
+DEFAULT_SOLVERS: "dict[Treatment, str]" = {"prune": "wanda", "quantize": "gptq", "factorize": FACTORIZER}
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class MethodChoice:
 
         name = name or self.name or DEFAULT_METHOD
         common = {
-            "sparsity": self._sparsity(),
+            "sparsity": self.sparsity if name == FACTORIZER else self._sparsity(),
             "pattern": self.pattern,
             "min_sparsity": self.min_sparsity,
             "max_sparsity": self.max_sparsity,
@@ -66,12 +70,15 @@ class MethodChoice:
         return method_from(name, **{**given, **settings})
 
     @property
-    def hands_out_bits(self) -> bool:
-        """Whether the method hands out bits of weights, so that its solver must quantise."""
+    def treatment(self) -> "Treatment":
+        """What the method plans, and its solver must do: most prune, those that hand out bits of weights quantise."""
         from ..methods import METHODS
 
-        kind = METHODS.get(self.name or DEFAULT_METHOD)
-        return kind is not None and {"bits", "symmetric"} <= {one.name for one in fields(kind)}  # type: ignore[arg-type]
+        name = self.name or DEFAULT_METHOD
+        if name == FACTORIZER:
+            return "factorize"
+        known = {one.name for one in fields(METHODS[name])} if name in METHODS else set()  # type: ignore[arg-type]
+        return "quantize" if {"bits", "symmetric"} <= known else "prune"
 
     def _bits(self, name: str) -> float | int | None:
         """A whole number where the method wants one: an option cannot know which method it is for."""
@@ -94,13 +101,21 @@ def _option_of(setting: str) -> str:
     return "--for" if setting == "target" else f"--{setting.replace('_', '-')}"
 
 
+def treatment_of(plan: "Plan") -> "Treatment":
+    """What a solver must do for this plan: what is furthest from pruning."""
+    for treatment in ("factorize", "quantize"):
+        if any(getattr(one, treatment) for one in plan.layers.values()):
+            return treatment
+    return "prune"
+
+
 def solver_of(
-    name: str | None, settings: Sequence[str], planned: dict[str, Any] | None = None, *, quantizes: bool = False
+    name: str | None, settings: Sequence[str], planned: dict[str, Any] | None = None, treatment: "Treatment" = "prune"
 ) -> "Solver":
-    """The solver asked for, else the plan's, else gptq for a plan that quantizes, wanda for others. Raises ConfigError."""
+    """The solver asked for, else the plan's, else the usual one: wanda prunes, gptq quantizes, armor factorizes. Raises ConfigError."""
     from ..solvers import solver_from
 
-    usual = DEFAULT_QUANTIZER if quantizes else DEFAULT_SOLVER
+    usual = DEFAULT_SOLVERS[treatment]
     chosen = {"name": name or usual} if name or not planned else dict(planned)
     return solver_from({**chosen, **pairs(settings, "--solver-set")})
 

@@ -12,18 +12,20 @@ from ..passes import Forward, Waiting, store_of
 from ..plan import Plan
 from ..solvers.base import Solver
 from ..solvers.codes import Codes
+from ..solvers.factors import Factors
 from ..structure import Structure, parameter_of, structure_of
 from ..tasks.batches import Batches, call
 from .events import BlockFinished, BlockStarted, Event, LayerSolved, PassesWaiting
 from .walk import Settings, walk
-from .work import KeptCodes, Work
+from .work import Kept, Work
 
 
 @dataclass(frozen=True)
 class Result:
     """What a walk did. `seconds`: collect, solve, propagate, and total wall time. `kept`: weights of the layers that the plan names
     and leaves whole; they count in its budget. `codes`: of each quantized layer, on the CPU, a byte a weight; the matrices of a layer
-    (experts, groups of a convolution) row under row. Of a streamed model they are read from the work folder when asked for."""
+    (experts, groups of a convolution) row under row. `factors`: of each factorized layer. Of a streamed model both are read from the work
+    folder when asked for."""
 
     layers: tuple[LayerSolved, ...]
     seconds: dict[str, float]
@@ -32,7 +34,10 @@ class Result:
     kept: int = 0
     waiting: Waiting | None = None  # the estimate of what calibration held in memory; None without calibration
     codes: Mapping[str, Codes] = field(default_factory=dict, repr=False, compare=False)
-    model_bits: float | None = None  # true bits per parameter, dense parts counted; None if nothing was quantized
+    factors: Mapping[str, Factors] = field(default_factory=dict, repr=False, compare=False)
+    model_bits: float | None = (
+        None  # true bits per parameter, dense parts counted; None if nothing was quantized or factorized
+    )
 
     @property
     def zeros(self) -> int:
@@ -51,7 +56,7 @@ class Result:
 
     @property
     def bits(self) -> float | None:
-        """True bits per weight of the quantized layers, scales and zeros counted; None if there are none."""
+        """True bits per weight of the quantized and factorized layers, all that is stored counted; None if there are none."""
         return _mean([(layer.size, layer.bits) for layer in self.layers])
 
     @property
@@ -65,11 +70,10 @@ class Result:
         return tuple(f"{layer.layer}: {note}" for layer in self.layers for note in layer.notes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: everything but the codes."""
-        plain = asdict(replace(self, codes={}))
-        del plain["codes"]
-        for layer in plain["layers"]:
-            del layer["codes"]
+        """Plain values for JSON: everything but codes and factors."""
+        plain = asdict(replace(self, codes={}, factors={}))
+        for one in (plain, *plain["layers"]):
+            del one["codes"], one["factors"]
         return {
             **plain,
             "bits": self.bits,
@@ -109,7 +113,9 @@ def compress(
     structure = structure or structure_of(model, include=["*"])
     layers: list[LayerSolved] = []
     codes: dict[str, Codes] = {}
-    places: dict[str, str] = {}  # quantized layer -> block
+    factors: dict[str, Factors] = {}
+    coded: dict[str, str] = {}  # quantized layer -> block
+    factored: dict[str, str] = {}
     streamed, block = store_of(model) is not None, ""
     waiting: Waiting | None = None
     seconds = {"collect": 0.0, "solve": 0.0, "propagate": 0.0}
@@ -117,11 +123,15 @@ def compress(
         if progress is not None:
             progress(event)
         if isinstance(event, LayerSolved):
-            layers.append(replace(event, codes=None))
+            layers.append(replace(event, codes=None, factors=None))
             if event.codes is not None:
-                places[event.layer] = block
+                coded[event.layer] = block
                 if not streamed:
                     codes[event.layer] = event.codes
+            if event.factors is not None:
+                factored[event.layer] = block
+                if not streamed:
+                    factors[event.layer] = event.factors
         elif isinstance(event, BlockStarted):
             block = event.block
         elif isinstance(event, PassesWaiting):
@@ -141,15 +151,16 @@ def compress(
         facts,
         kept,
         waiting,
-        _kept(settings, places) if streamed and places else codes,
-        _model_bits(model, structure, layers) if places else None,
+        Kept(_work(settings).codes_of, coded) if streamed and coded else codes,
+        Kept(_work(settings).factors_of, factored) if streamed and factored else factors,
+        _model_bits(model, structure, layers) if coded or factored else None,
     )
 
 
-def _kept(settings: Settings | None, places: Mapping[str, str]) -> KeptCodes:
+def _work(settings: Settings | None) -> Work:
     work = settings.work if settings else None
     assert work is not None  # noqa: S101  (the walk has asked for it)
-    return KeptCodes(work if isinstance(work, Work) else Work(work, lock=False), places)
+    return work if isinstance(work, Work) else Work(work, lock=False)
 
 
 def _model_bits(model: nn.Module, structure: Structure, layers: list[LayerSolved]) -> float:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from ..passes import Waiting
 from ..solvers.codes import Codes
+from ..solvers.factors import Factors
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,12 @@ class LayerSolved:
     tokens: int | None = None  # calibration tokens that reached it (the fewest over its experts); None without data
     notes: tuple[str, ...] = ()
     pruned: bool = True  # the plan prunes it: it counts in the budget of zeros
-    bits: float | None = None  # true bits per weight, scales and zeros counted; None where it was not quantized
+    bits: float | None = (
+        None  # true bits per weight, scales and zeros, or factors, counted; None where it was only pruned
+    )
     nominal_bits: int | None = None  # bits of its codes alone
     codes: Codes | None = field(default=None, repr=False, compare=False)  # on the CPU; its matrices row under row
+    factors: Factors | None = field(default=None, repr=False, compare=False)  # on the CPU
 
 
 @dataclass(frozen=True)

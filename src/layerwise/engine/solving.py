@@ -121,7 +121,11 @@ def _each_matrix(layer: Layer, way: Treatments) -> list[Treatments]:
 
 
 def _for_dtype(solver: Solver, dtype: torch.dtype) -> Solver:
-    """The solver with `scales="auto"` decided: a packed checkpoint of this dtype is loaded with its scales in it. float16 is in float32."""
+    """The solver with what depends on the dtype decided. `scales="auto"`: a packed checkpoint of this dtype is loaded with its scales in
+    it, float16 is in float32. `storage="auto"`: that of the weight; float64 is stored in float32."""
+    if getattr(solver, "storage", None) == "auto":
+        word = str(dtype).removeprefix("torch.")
+        return replace(solver, storage="float32" if dtype == torch.float64 else word)  # type: ignore[type-var]
     if getattr(solver, "scales", None) != "auto":
         return solver
     return replace(solver, scales="bfloat16" if dtype == torch.bfloat16 else "float16")  # type: ignore[type-var]
@@ -177,6 +181,7 @@ def _event(
     notes += [dead_rows(way.prune.block[0], solved)] if way.prune and way.prune.block else []
     codes = [one.codes.to("cpu") for one in solved if one.codes is not None]
     whole = stacked(codes) if codes else None
+    factors = solved[0].factors  # of linears alone: one matrix
     pruned = sum(one.keep.numel() - int(torch.count_nonzero(one.keep)) for one in solved)
     return LayerSolved(
         layer=layer.name,
@@ -188,7 +193,8 @@ def _event(
             note for note in dict.fromkeys(notes) if note
         ),  # a convolution in groups says the same for each of them
         pruned=way.prune is not None,
-        bits=whole.bits_per_weight if whole else None,
+        bits=whole.bits_per_weight if whole else factors.bits_per_weight if factors else None,
         nominal_bits=whole.bits if whole else None,
         codes=whole,
+        factors=factors.to("cpu") if factors else None,
     )

@@ -20,7 +20,7 @@ from ..errors import ConfigError, DataError, PlanError, WalkError
 from ..passes import Collector, Forward, Pass, PausedPasses, SharedInput, at_hand, spilling, store_of, waiting_of
 from ..plan import Plan, Treatments
 from ..solvers.base import Solver, refusal
-from ..structure import Layer, Structure, structure_of
+from ..structure import Layer, Structure, factorable, structure_of
 from ..tasks.batches import Batch, Batches, call
 from ..version import __version__
 from .events import BlockFinished, BlockStarted, Event, LayerSolved, PassesWaiting
@@ -112,18 +112,17 @@ def check(plan: Plan, structure: Structure) -> dict[str, Treatments]:
         fingerprint=structure.fingerprint,
     )
     other = [
-        f'plan: layer "{name}": {field} cannot be applied by this version; it applies prune and quantize.'
+        f'plan: layer "{name}": {field} cannot be applied by this version; it applies prune, quantize and factorize.'
         for name, treatments in plan.layers.items()
-        for field in sorted(treatments.model_fields_set - {"prune", "quantize", "cache"})
+        for field in sorted(treatments.model_fields_set - {"prune", "quantize", "factorize", "cache"})
         if getattr(treatments, field) is not None
     ]
     if other:
         raise PlanError(other)
-    chosen = {name: (t.prune, t.quantize) for name, t in plan.layers.items()}
     return {
-        name: Treatments(prune=prune, quantize=quantize)
-        for name, (prune, quantize) in chosen.items()
-        if quantize or (prune and prune.sparsity > 0)
+        name: Treatments(prune=one.prune, quantize=one.quantize, factorize=one.factorize)
+        for name, one in plan.layers.items()
+        if one.quantize or one.factorize or (one.prune and one.prune.sparsity > 0)
     }
 
 
@@ -131,8 +130,18 @@ def check_solver(solver: Solver, ways: Mapping[str, Treatments], structure: Stru
     """Raise DataError or PlanError unless this solver can do all of it: what would stop the last block stops the first."""
     blindly = '"round_to_nearest" or "hqq"' if "quantize" in solver.treats else '"magnitude" or "random"'
     if solver.needs != "none" and ways and (data is None or len(data) == 0):
+        if "factorize" in solver.treats:
+            raise DataError(f'solver "{solver.name}" needs calibration data.')
         raise DataError(f'solver "{solver.name}" needs calibration data; {blindly.split(" ")[0]} needs none.')
     kinds = {layer.name: layer.kind for layer in structure.layers}
+    if other := [
+        one for one in structure.layers if one.name in ways and ways[one.name].factorize and not factorable(one)
+    ]:
+        what = f"a {other[0].kind} layer" if not other[0].tied else f"tied to {other[0].tied[0]}"
+        raise PlanError(
+            f'plan: layer "{other[0].name}" is {what}; factorize is for linears with a weight of their own ({len(other)} such layers).'
+            " Leave it out."
+        )
     if solver.needs != "none" and (blind := [n for n in ways if kinds[n] in ("embedding", "table")]):
         raise PlanError(
             f'plan: layer "{blind[0]}" multiplies no input, so solver "{solver.name}" has nothing to look at ({len(blind)} such'

@@ -8,11 +8,11 @@ file per block, another one for the codes of quantized layers, and beside them w
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,10 +22,14 @@ from torch import Tensor, nn
 from ..errors import ConfigError, OutputError, SaveError
 from ..files import into_place, whole_file
 from ..solvers.codes import Codes
+from ..solvers.factors import PARTS as FACTORS
+from ..solvers.factors import Factors
 from .events import LayerSolved
 from .lock import FileLock
 
-PARTS = ("values", "scale", "zero")  # the tensors of codes
+CODES = ("values", "scale", "zero")  # the tensors of codes
+
+T = TypeVar("T")
 
 
 class Work(AbstractContextManager["Work"]):
@@ -97,8 +101,9 @@ class Work(AbstractContextManager["Work"]):
     def path(self, block: str) -> Path:
         return self.folder / "blocks" / f"{block}.safetensors"
 
-    def _codes_path(self, block: str) -> Path:
-        return self.folder / "blocks" / f"{block}.codes"
+    def _other_path(self, block: str, kind: str) -> Path:
+        """kind: "codes" or "factors"."""
+        return self.folder / "blocks" / f"{block}.{kind}"
 
     def finished(self, block: str) -> bool:
         """The report is written last: where it is, the weights are whole."""
@@ -107,11 +112,10 @@ class Work(AbstractContextManager["Work"]):
     def write(self, block: str, tensors: Mapping[str, Tensor], events: Sequence[LayerSolved]) -> None:
         """tensors: full parameter name -> weight."""
         _write_tensors(self.path(block), tensors)
-        if coded := {event.layer: event.codes for event in events if event.codes is not None}:
-            _write_tensors(
-                self._codes_path(block),
-                {f"{name}.{part}": getattr(codes, part) for name, codes in coded.items() for part in PARTS},
-            )
+        for kind, parts in (("codes", CODES), ("factors", FACTORS)):
+            if held := {event.layer: one for event in events if (one := getattr(event, kind)) is not None}:
+                tensors = {f"{name}.{part}": getattr(one, part) for name, one in held.items() for part in parts}
+                _write_tensors(self._other_path(block, kind), tensors)
         report = [_plain(event) for event in events]
         write_whole(self.path(block).with_suffix(".json"), json.dumps(report).encode())
 
@@ -120,6 +124,12 @@ class Work(AbstractContextManager["Work"]):
         with self._readable(block):
             facts = {event["layer"]: event["codes"] for event in self._report(block)}
             return self._codes(block, {layer: facts[layer]})[layer]
+
+    def factors_of(self, block: str, layer: str) -> Factors:
+        """Those of one factorized layer of a finished block. Raises ConfigError if they cannot be read."""
+        with self._readable(block):
+            facts = {event["layer"]: event["factors"] for event in self._report(block)}
+            return self._factors(block, {layer: facts[layer]})[layer]
 
     def _report(self, block: str) -> list[dict[str, Any]]:
         report: list[dict[str, Any]] = json.loads(self.path(block).with_suffix(".json").read_text(encoding="utf-8"))
@@ -140,12 +150,22 @@ class Work(AbstractContextManager["Work"]):
         """Those of the quantized layers of a finished block. facts: what else the report says of each."""
         if not facts:
             return {}
-        with safe_open(self._codes_path(block), framework="pt") as file:
+        with safe_open(self._other_path(block, "codes"), framework="pt") as file:
             return {
                 name: Codes(
-                    *(file.get_tensor(f"{name}.{part}").clone() for part in PARTS),
+                    *(file.get_tensor(f"{name}.{part}").clone() for part in CODES),
                     **{**of_layer, "scale_dtype": getattr(torch, of_layer["scale_dtype"])},
                 )
+                for name, of_layer in facts.items()
+            }
+
+    def _factors(self, block: str, facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Factors]:
+        """Those of the factorized layers of a finished block."""
+        if not facts:
+            return {}
+        with safe_open(self._other_path(block, "factors"), framework="pt") as file:
+            return {
+                name: Factors(**{part: file.get_tensor(f"{name}.{part}").clone() for part in FACTORS}, **of_layer)
                 for name, of_layer in facts.items()
             }
 
@@ -158,20 +178,30 @@ class Work(AbstractContextManager["Work"]):
                     parameter.data.copy_(file.get_tensor(name))
             report = self._report(block)
             codes = self._codes(block, {event["layer"]: event["codes"] for event in report if event.get("codes")})
+            factors = self._factors(
+                block, {event["layer"]: event["factors"] for event in report if event.get("factors")}
+            )
             return [
-                LayerSolved(**{**event, "notes": tuple(event["notes"]), "codes": codes.get(event["layer"])})
+                LayerSolved(
+                    **{
+                        **event,
+                        "notes": tuple(event["notes"]),
+                        "codes": codes.get(event["layer"]),
+                        "factors": factors.get(event["layer"]),
+                    }
+                )
                 for event in report
             ]
 
 
-class KeptCodes(Mapping[str, Codes]):
-    """Codes of the layers of finished blocks, each read from the work folder when it is asked for. places: layer -> block."""
+class Kept(Mapping[str, T]):
+    """Codes or factors of the layers of finished blocks, each read from the work folder when it is asked for. places: layer -> block."""
 
-    def __init__(self, work: Work, places: Mapping[str, str]) -> None:
-        self._work, self._places = work, dict(places)
+    def __init__(self, read: Callable[[str, str], T], places: Mapping[str, str]) -> None:
+        self._read, self._places = read, dict(places)
 
-    def __getitem__(self, layer: str) -> Codes:
-        return self._work.codes_of(self._places[layer], layer)
+    def __getitem__(self, layer: str) -> T:
+        return self._read(self._places[layer], layer)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -181,14 +211,16 @@ class KeptCodes(Mapping[str, Codes]):
 
 
 def _plain(event: LayerSolved) -> dict[str, Any]:
-    """For JSON, the tensors of the codes left out."""
+    """For JSON, the tensors of codes and factors left out."""
     codes, facts = event.codes, None
     if codes is not None:
         facts = {
-            field.name: getattr(codes, field.name) for field in dataclasses.fields(codes) if field.name not in PARTS
+            field.name: getattr(codes, field.name) for field in dataclasses.fields(codes) if field.name not in CODES
         }
         facts["scale_dtype"] = str(codes.scale_dtype).removeprefix("torch.")
-    return {**dataclasses.asdict(dataclasses.replace(event, codes=None)), "codes": facts}
+    factors = event.factors and {"n": event.factors.n, "m": event.factors.m}
+    plain = dataclasses.asdict(dataclasses.replace(event, codes=None, factors=None))
+    return {**plain, "codes": facts, "factors": factors}
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Models and tokenizers in and out of folders, in stock formats; what is saved is checked in a fresh process."""
 
+from .armor_linear import ArmorLinear, armor_linears, fastest_cores, multiplied_out
 from .block_sparse import BlockSparseLinear, block_sparse_on_cpu
 from .cpu import int8_on_cpu
 from .kv_cache import load_cache
@@ -15,16 +16,19 @@ from .whole import check_output
 from .zeros import count_zeros
 
 __all__ = [
+    "ArmorLinear",
     "BlockSparseLinear",
     "Saved",
     "SavedReport",
     "Target",
     "Verified",
+    "armor_linears",
     "block_sparse_on_cpu",
     "check_finite",
     "check_output",
     "check_plan",
     "count_zeros",
+    "fastest_cores",
     "int8_on_cpu",
     "linears_of",
     "load",
@@ -34,6 +38,7 @@ __all__ = [
     "load_streamed",
     "load_tokenizer",
     "model_folder",
+    "multiplied_out",
     "need_compressed_tensors",
     "needed_bytes",
     "save",

@@ -6,6 +6,7 @@ Everything that can be wrong with a folder is looked at before its weights are r
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
+from .armor_linear import factored as put_in_factors
+from .factored_read import FactoredFolder, factored_folder
 from .packed_read import PackedFolder, dtype_in, packed_folder
 from .places import Loader, loader_of, model_folder, read_config
 from .weights import StoredTensor, check_file, read_tensors, weight_files
@@ -26,18 +29,25 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     remote_code: bool = False,
+    dense: bool = False,
 ) -> nn.Module:
     """The model, in evaluation mode. `name`: "demo", a folder, or a hub name; `dtype` "auto" keeps the stored one.
 
     The stock class is chosen from config.json (`places.loader_of`). Packed weights (compressed-tensors pack-quantized) become dense ones,
-    bit for bit those that transformers unpacks; compressed-tensors is not needed. Raises ModelError, one line: no such place, config or
+    bit for bit those that transformers unpacks; compressed-tensors is not needed. Layers in factors run in them (`ArmorLinear`), or
+    with `dense` become plain linears of the product. Raises ModelError, one line: no such place, config or
     weights, a truncated or corrupt file, an unknown architecture, weights that the architecture lacks or does not know.
     """
     folder = model_folder(name, remote_code=remote_code)
     loader = loader_of(folder, remote_code=remote_code)
     stored = [tensor for file in weight_files(folder) for tensor in check_file(file)]
-    packed = packed_folder(folder)
     wanted = _dtype(dtype, loader, stored)
+    if (in_factors := factored_folder(folder)) is not None:
+        model = _build_unpacked(replace(in_factors, products=dense), loader, wanted)
+        if not dense:
+            _run_in_factors(model, in_factors, wanted)
+        return _to(model, device).eval()
+    packed = packed_folder(folder)
     model = _build(folder, loader, wanted) if packed is None else _build_unpacked(packed, loader, wanted)
     return _to(model, device).eval()
 
@@ -76,9 +86,12 @@ def load_image_processor(name: str | Path, *, remote_code: bool = False) -> Any:
 def load_into(model: nn.Module, folder: str | Path) -> nn.Module:
     """Fill a model of your own class with the weights of a folder that `save` wrote. Returns it.
 
-    Raises ModelError if names or shapes differ; the model is then unchanged.
+    Linears that the folder has in factors become `ArmorLinear`. Raises ModelError if names or shapes differ; the model is then
+    unchanged, but for these.
     """
     folder = Path(folder)
+    if (in_factors := factored_folder(folder)) is not None:
+        _run_in_factors(model, in_factors, "auto")
     files = weight_files(folder)
     stored = {tensor.name: tensor.shape for file in files for tensor in check_file(file)}
     own = model.state_dict(keep_vars=True)
@@ -125,21 +138,30 @@ def _build(folder: Path, loader: Loader, dtype: str | torch.dtype) -> nn.Module:
     return model
 
 
-def _build_unpacked(packed: PackedFolder, loader: Loader, dtype: str | torch.dtype) -> nn.Module:
-    """The stock class, filled with the dense weights of packed ones; its config says nothing of packing any more."""
+def _run_in_factors(model: nn.Module, folder: FactoredFolder, dtype: str | torch.dtype) -> None:
+    """Linears in factors in the place of plain ones. dtype: of the factors, too, unless "auto"."""
+    for layer in folder.patterns:  # one by one: what they replace goes at once
+        put_in_factors(model, {layer: folder.factors(layer)})
+        if isinstance(dtype, torch.dtype):
+            model.get_submodule(layer).to(dtype)
+
+
+def _build_unpacked(packed: PackedFolder | FactoredFolder, loader: Loader, dtype: str | torch.dtype) -> nn.Module:
+    """The stock class, filled with the dense weights of packed ones or factors; its config says nothing of packing any more."""
     import transformers
 
     folder = packed.folder
     architecture = getattr(transformers, str(read_config(folder)["architectures"][0]), None)
     if loader.remote_code or architecture is None:
         raise ModelError(
-            f"{folder}: packed weights are read into stock classes of transformers, not into code of its own."
+            f"{folder}: packed weights and factors are read into stock classes of transformers, not into code of its own."
         )
     wanted = dtype if isinstance(dtype, torch.dtype) else dtype_in(read_config(folder))
     try:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            del config.quantization_config
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
             state = dict(packed.tensors(wanted))
             model, info = architecture.from_pretrained(
                 None,

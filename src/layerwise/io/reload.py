@@ -1,9 +1,11 @@
 """Load a folder by a stock class and tell what came out: every tensor's digest, and the outputs on given inputs.
 
-`verify` runs this file in a fresh process, as a user of the stock library would load the folder: it imports nothing of layerwise.
+`verify` runs this file in a fresh process, as a user of the stock library would load the folder: it imports nothing of layerwise, but
+for folders that layerwise alone can load.
 """
 
 import hashlib
+import importlib
 import json
 import sys
 from collections.abc import Mapping
@@ -37,21 +39,27 @@ def outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in kept.items()}
 
 
+def loaded(request: Mapping[str, Any]) -> Any:
+    """The model of the folder, by the class or function that the request names."""
+    if request["library"] == "layerwise":
+        return importlib.import_module("layerwise.io").load(request["folder"], remote_code=request["remote_code"])
+    options: dict[str, Any] = {"use_safetensors": True}
+    if request["library"] == "diffusers":
+        library = importlib.import_module("diffusers")
+
+        options |= {"torch_dtype": getattr(torch, request["dtype"]), "low_cpu_mem_usage": False}
+    else:
+        library = importlib.import_module("transformers")
+
+        options |= {"dtype": "auto", "trust_remote_code": request["remote_code"]}
+    return getattr(library, request["class_name"]).from_pretrained(request["folder"], **options)
+
+
 def reload(request: Mapping[str, Any]) -> None:
     """Do what `request` says (see `verify.py`) and write answer.json and outputs.safetensors into its folder `answers`."""
     from safetensors.torch import load_file, save_file
 
-    options: dict[str, Any] = {"use_safetensors": True}
-    if request["library"] == "diffusers":
-        import diffusers as library
-
-        options |= {"torch_dtype": getattr(torch, request["dtype"]), "low_cpu_mem_usage": False}
-    else:
-        import transformers as library
-
-        options |= {"dtype": "auto", "trust_remote_code": request["remote_code"]}
-    model = getattr(library, request["class_name"]).from_pretrained(request["folder"], **options)
-    model.eval().to(request["device"])
+    model = loaded(request).eval().to(request["device"])
     answers = Path(request["answers"])
     if (answers / "inputs.safetensors").exists():
         save_file(outputs(model, load_file(answers / "inputs.safetensors")), answers / "outputs.safetensors")

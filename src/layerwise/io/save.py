@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from ..errors import LayerwiseError, ModelError, SaveError
 from ..plan import Plan
 from ..solvers.codes import Codes
+from ..solvers.factors import Factors
 from . import verify as checks
 from .card import card, record
+from .factored_read import ENTRY, RECORD, FactoredReport, factored_report
+from .factored_write import AllFactors, entry_of, factor_folder, in_factors
 from .kv_cache import PLAN, cache_words
 from .load import quiet
 from .packed_report import PackedReport, packed_report
@@ -28,6 +31,8 @@ from .verify import Verified
 from .weights import weight_files
 from .whole import check_output, is_disk_full, whole_folder
 from .zeros import count_zeros
+
+BY_LAYERWISE = Loader("layerwise", "load")
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ class SavedReport:
     zeros: int
     values: int  # in floating-point tensors of two or more dimensions
     packed: PackedReport | None = None
-    notes: tuple[str, ...] = ()  # layers whose codes are not stored as they were handed over
+    factored: FactoredReport | None = None
+    notes: tuple[str, ...] = ()  # layers whose codes or factors are not stored as they were handed over
 
     def lines(self) -> list[str]:
         """In plain words: what became smaller, and what did not."""
@@ -52,9 +58,10 @@ class SavedReport:
             + (f", {self.before:,} before." if self.before is not None else "."),
             f"Zeros counted in the files: {self.zeros:,} of {self.values:,} values in matrices ({share}).",
         ]
-        if self.zeros and self.packed is None and (self.before is None or self.bytes >= self.before):
+        if self.zeros and not self.packed and not self.factored and (self.before is None or self.bytes >= self.before):
             lines.append("Zeros do not shrink this format and do not speed up a stock engine: same bytes, same speed.")
-        return [*lines, *(self.packed.lines() if self.packed else ()), *self.notes]
+        parts = [part for part in (self.packed, self.factored) if part is not None]
+        return [*lines, *(line for part in parts for line in part.lines()), *self.notes]
 
 
 @dataclass(frozen=True)
@@ -84,34 +91,47 @@ def save(
     inputs: Mapping[str, Tensor] | None = None,
     dense: str | Path | None = None,
     codes: Mapping[str, Codes] | None = None,
+    factors: Mapping[str, Factors] | None = None,
     target: Target = "transformers",
 ) -> Saved:
     """Write `model` to `folder`: a stock transformers or diffusers folder, or plain weights for a module of another class.
 
     result: measured figures, plain values. inputs: forward arguments for the check (default: small fixed ones). dense: the folder of
     the model before, to state its bytes. codes: layer -> codes of the weight that it has now; stored packed in their place
-    (compressed-tensors pack-quantized), or dense with a note where the format or `target` cannot hold them. Raises OutputError before
-    anything is written (exists, no room, cannot be written), PlanError if `target` cannot run the codes' schemes, MissingExtra if they
-    cannot be loaded back; SaveError if writing fails or the folder does not load back to the same model: then no folder appears.
+    (compressed-tensors pack-quantized), or dense with a note where the format or `target` cannot hold them. factors: layer -> factors of
+    the weight that it has now, stored in its place; such a folder loads with `load` alone. So does that of a model with `ArmorLinear`s.
+    Raises OutputError before anything is written (exists, no room, cannot be written), PlanError if `target` cannot run the codes'
+    schemes, MissingExtra if they cannot be loaded back; SaveError if writing fails or the folder does not load back to the same model:
+    then no folder appears.
     """
+    every = AllFactors(model, factors)
+    if every and codes:
+        raise ModelError("a folder holds codes or factors, not both: save without one of them.")
     packing = choose(model, codes, target) if codes else None
     if packing is not None:
         check_schemes(packing.schemes, packing.linears, target)
         if verify and packing.codes:
             need_compressed_tensors()
-    whole = check_output(folder, force=force, needed=needed_bytes(model) * (2 if packing else 1))
+    whole = check_output(folder, force=force, needed=needed_bytes(model) * (2 if packing or every else 1))
     before = sum(file.stat().st_size for file in weight_files(Path(dense))) if dense is not None else None
     with whole_folder(whole, force=force) as partial:
         loader = _write_model(model, partial)
+        entry: dict[str, str] = {}
+        notes = every.notes
+        if every:
+            entry, more = factor_folder(partial, every)
+            notes, loader = (*notes, *more), loader and BY_LAYERWISE
         if packing is not None:
             packing = pack_folder(partial, packing)
             check_schemes(packing.schemes, packing.linears, target)  # a layer less may part what is fused
+            notes = (*notes, *packing.notes)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        report = saved_report(partial, before=before, notes=packing.notes if packing else ())
-        verified = _verified(model, partial, whole, loader, inputs, packing) if verify else None
+        report = saved_report(partial, before=before, notes=notes)
+        with in_factors(model, {name: every[name] for name in entry}):
+            verified = _verified(model, partial, whole, loader, inputs, packing) if verify else None
         saved = Saved(whole, report, verified, cache_words(plan))
-        write_records(saved, partial, plan, result, model, loader)
+        write_records(saved, partial, plan, result, model, loader, entry)
     return saved
 
 
@@ -120,7 +140,7 @@ def saved_report(folder: str | Path, *, before: int | None = None, notes: tuple[
     counts = [(zeros, math.prod(shape)) for zeros, shape in count_zeros(Path(folder)).values() if len(shape) > 1]
     size = sum(file.stat().st_size for file in weight_files(Path(folder)))
     zeros, values = sum(zeros for zeros, _ in counts), sum(values for _, values in counts)
-    return SavedReport(size, before, zeros, values, packed_report(Path(folder)), notes)
+    return SavedReport(size, before, zeros, values, packed_report(Path(folder)), factored_report(Path(folder)), notes)
 
 
 def needed_bytes(model: nn.Module) -> int:
@@ -196,19 +216,28 @@ def write_records(
     result: Mapping[str, Any] | None,
     model: nn.Module,
     loader: Loader | None,
+    factors: Mapping[str, str] | None = None,
 ) -> None:
-    """layerwise.json, plan.yaml and the model card, beside the weights."""
+    """layerwise.json, plan.yaml and the model card, beside the weights. factors: layer -> pattern of those in factors."""
     facts = {
         "class": type(model).__name__,
         "loader": f"{loader.library}.{loader.class_name}" if loader else "layerwise.io.load_into",
-        "saved": asdict(saved.report) | ({"packed": packed.to_dict()} if (packed := saved.report.packed) else {}),
+        "saved": asdict(saved.report)
+        | {
+            name: part.to_dict()
+            for name, part in (("packed", saved.report.packed), ("factored", saved.report.factored))
+            if part is not None
+        },
         "verified": asdict(saved.verified) if saved.verified else None,
     }
+    if factors:
+        facts[ENTRY] = entry_of(factors)
     if saved.cache:
         facts["cache"] = {"file": PLAN, "loader": "layerwise.io.load_cache"}
     if plan is not None:
         plan.save(partial / PLAN)
     text = json.dumps(record(plan, result, facts), indent=1, default=str)
-    (partial / "layerwise.json").write_text(text + "\n", encoding="utf-8")
-    page = card(saved.folder.name, plan, result, saved.lines(), loader.library if loader else None)
+    (partial / RECORD).write_text(text + "\n", encoding="utf-8")
+    library = loader.library if loader and loader != BY_LAYERWISE else None
+    page = card(saved.folder.name, plan, result, saved.lines(), library)
     (partial / "README.md").write_text(page, encoding="utf-8")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, SaveError
 from ..structure import structure_of
+from .factored_read import RECORD, FactoredFolder, factored_folder
 from .load import quiet
 from .packed_read import PackedFolder, dtype_in, packed_folder
 from .places import loader_of, model_folder, read_config
@@ -38,11 +39,13 @@ class BlockFiles:
         where: Mapping[str, Path],
         blocks: list[str],
         dtype: torch.dtype | None,
-        packed: PackedFolder | None = None,
+        packed: PackedFolder | FactoredFolder | None = None,
     ) -> None:
         self.model, self.folder, self.dtype, self.packed = model, folder, dtype, packed
         self.where = dict(where)  # full tensor name -> file
-        self.codes = set(packed.weights) if packed else set()  # the names whose weights the files have as codes
+        self.codes = (
+            set(packed.weights) if packed else set()
+        )  # the names whose weights the files have as codes or factors
         names = [name for name in model.state_dict() if name in self.where]
         self.names = {block: [name for name in names if name.startswith(f"{block}.")] for block in blocks}
         facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weight_files(folder)]
@@ -87,7 +90,7 @@ class BlockFiles:
                     _set(self.model, name, self._cast(self._stored(opened, name)))
 
     def _stored(self, opened: Any, name: str) -> Tensor:
-        """The values in an open file, unpacked where it has them as codes."""
+        """The values in an open file, unpacked where it has them as codes or factors."""
         if self.packed is None or name not in self.codes:
             return opened.get_tensor(name)  # type: ignore[no-any-return]
         return self.packed.weight(name, self.dtype or dtype_in(read_config(self.folder)))
@@ -108,7 +111,7 @@ def load_streamed(name: str | Path, *, dtype: torch.dtype | None = None) -> nn.M
 
     folder = model_folder(name)
     loader = loader_of(folder)
-    packed = packed_folder(folder)
+    packed = packed_folder(folder) or factored_folder(folder)
     where = packed.files() if packed else {t.name: file for file in weight_files(folder) for t in check_file(file)}
     try:
         # False, not the default: that asks on the terminal whether to run the folder's code
@@ -118,7 +121,7 @@ def load_streamed(name: str | Path, *, dtype: torch.dtype | None = None) -> nn.M
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     if loader.library != "transformers" or architecture is None:
         raise ModelError(f"{folder}: only stock transformers models can be streamed; load it whole (without --stream).")
-    if packed is not None:  # what is built is dense
+    if isinstance(packed, PackedFolder):  # what is built is dense
         del config.quantization_config
     with _parameters_on_meta(), quiet():
         model: nn.Module = architecture._from_config(config)
@@ -160,12 +163,16 @@ def save_streamed(model: nn.Module, folder: Path) -> dict[str, str]:
             store.let_go(block)
     index_file = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=1), encoding="utf-8")
-    for path in sorted(store.folder.iterdir()):  # config, generation config, tokenizer: as they were
-        if path.suffix in (".json", ".jinja", ".model", ".txt") and not path.name.endswith(".safetensors.index.json"):
+    for path in sorted(
+        store.folder.iterdir()
+    ):  # config, generation config, tokenizer: as they were; our own record is not
+        if path.suffix in (".json", ".jinja", ".model", ".txt") and not path.name.endswith(
+            (".safetensors.index.json", RECORD)
+        ):
             shutil.copyfile(path, folder / path.name)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     changed = dict(config)
-    if store.packed is not None:  # its weights were written dense
+    if isinstance(store.packed, PackedFolder):  # its weights were written dense
         del changed["quantization_config"]
     if store.dtype is not None:
         changed["dtype"] = str(store.dtype).removeprefix("torch.")

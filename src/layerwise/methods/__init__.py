@@ -4,6 +4,7 @@ from typing import Any
 
 from ..settings import build
 from .alpha_pruning import AlphaPruning
+from .armor import Armor
 from .auto import Auto
 from .base import Method
 from .ecoflap import ECoFLaP
@@ -33,6 +34,7 @@ __all__ = [
     "OWL",
     "SNIP",
     "AlphaPruning",
+    "Armor",
     "Auto",
     "ECoFLaP",
     "ERKPlus",
@@ -71,6 +73,7 @@ METHODS: dict[str, type[Method]] = {
     "lpvit": LPViT,
     "random": RandomRatios,
     "auto": Auto,
+    "armor": Armor,
     "uniform-bits": UniformBits,
     "lwq": LWQ,
     "least-error": LeastError,

@@ -4,22 +4,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..settings import build
+from .armor import ARMOR
 from .base import Solved, Solver
 from .codes import Codes
+from .factors import Factors
 from .gptq import GPTQ
 from .hqq import HQQ
 from .magnitude import Magnitude
+from .nowag import NoWag
 from .random import Random
 from .round_to_nearest import RoundToNearest
 from .sparsegpt import SparseGPT
 from .wanda import Wanda
 
 __all__ = [
+    "ARMOR",
     "GPTQ",
     "HQQ",
     "SOLVERS",
     "Codes",
+    "Factors",
     "Magnitude",
+    "NoWag",
     "Random",
     "RoundToNearest",
     "Solved",
@@ -33,7 +39,9 @@ SOLVERS: dict[str, type[Solver]] = {
     "magnitude": Magnitude,
     "random": Random,
     "wanda": Wanda,
+    "nowag": NoWag,
     "sparsegpt": SparseGPT,
+    "armor": ARMOR,
     "round_to_nearest": RoundToNearest,
     "hqq": HQQ,
     "gptq": GPTQ,

@@ -1,5 +1,6 @@
 """What every solver offers. A solver knows tensors and treatments: no module, no config, no layer name."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..passes.statistics import InputStatistics, Need
-from ..plan import Prune, Quantize, Treatments
+from ..plan import Factorize, Prune, Quantize, Treatments
 from .codes import Codes
+from .factors import Factors
 
-Treated = Treatments | Prune | Quantize
+Treated = Treatments | Prune | Quantize | Factorize
 """What a matrix gets; a treatment by itself will do, as in `Plan.layers`."""
 
 
@@ -24,6 +26,7 @@ class Solved:
     error: sum of squared changes of the outputs over the calibration tokens, ||(W - W') X||^2, or None where unknown.
     notes: what the user should know (a fallback, a raised damping), one sentence each.
     codes: of a quantized matrix; `codes.weight()` is the weight to the bit. None where it was only pruned.
+    factors: of a factorized matrix; `factors.weight()` is the weight, up to how a device sums. Its `keep` is all True.
     """
 
     weight: Tensor
@@ -31,6 +34,7 @@ class Solved:
     error: float | None = None
     notes: tuple[str, ...] = ()
     codes: Codes | None = None
+    factors: Factors | None = None
 
 
 class Solver(Protocol):
@@ -38,7 +42,7 @@ class Solver(Protocol):
 
     name: ClassVar[str]
     needs: ClassVar[Need]
-    treats: ClassVar[frozenset[str]]  # what it can do to a matrix: "prune", "quantize"
+    treats: ClassVar[frozenset[str]]  # what it can do to a matrix: "prune", "quantize", "factorize"
     every_pattern: ClassVar[bool]  # False: unstructured and n:m alone
 
     def solve(
@@ -57,6 +61,8 @@ class Solver(Protocol):
 
 PRUNES: frozenset[str] = frozenset({"prune"})
 QUANTIZES: frozenset[str] = frozenset({"quantize"})
+MOST_MASKS = 1000  # of a group of a core: 2:4 has 6, 4:8 has 70, 6:12 has 924
+FACTORIZES: frozenset[str] = frozenset({"factorize"})
 
 
 def refusal(solver: Solver, treated: Treated) -> str | None:
@@ -65,6 +71,8 @@ def refusal(solver: Solver, treated: Treated) -> str | None:
     for field in sorted(treatments.model_fields_set - solver.treats):
         if getattr(treatments, field) is not None:
             return f'solver "{solver.name}" cannot {field}, only {" and ".join(sorted(solver.treats))}'
+    if (factorize := treatments.factorize) and (masks := math.comb(*factorize.nm[::-1])) > MOST_MASKS:
+        return f"a core of {factorize.pattern} has {masks} masks for each group, and all are tried: take one of {MOST_MASKS} at most"
     prune, quantize = treatments.prune, treatments.quantize
     if prune and not solver.every_pattern and prune.pattern != "unstructured" and not prune.nm:
         return (
@@ -82,6 +90,8 @@ def full(treated: Treated) -> Treatments:
     """The treatments of one matrix, from a bare one too."""
     if isinstance(treated, Prune):
         return Treatments(prune=treated)
+    if isinstance(treated, Factorize):
+        return Treatments(factorize=treated)
     return Treatments(quantize=treated) if isinstance(treated, Quantize) else treated
 
 

@@ -1,5 +1,6 @@
 """What a model is made of: stacks of blocks, layers with roles and sizes, and one view of every weight as matrices."""
 
+from .factorable import factorable
 from .find import structure_of
 from .fused import fused_of
 from .groups import Granularity, groups_of, towers_of
@@ -14,6 +15,7 @@ __all__ = [
     "Stack",
     "Structure",
     "as_matrices",
+    "factorable",
     "from_matrices",
     "fused_of",
     "groups_of",

@@ -13,7 +13,7 @@ from ..inputs import DataChoice, ModelChoice, protocol_line
 from ..planning import make_plan, record_of, tried_of, with_facts, with_solver
 from ..running import bar_of, show_notes, work_folder
 from ..screen import Screen, table
-from ..settings import MethodChoice, device_of, propagate_of, solver_of
+from ..settings import FACTORIZER, MethodChoice, device_of, propagate_of, solver_of, treatment_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,6 +45,7 @@ def compress(
     solver: options.Solver = None,
     solver_set: options.SolverSet = None,
     for_: options.For = None,
+    dense: options.Dense = False,
     propagate: options.Propagate = "compressed",
     data: options.Data = None,
     samples: options.Samples = 128,
@@ -63,11 +64,12 @@ def compress(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Prune or quantize a model and save it as a stock folder that transformers loads. Killed and started again, it goes on.
+    """Prune, quantize or factorize a model and save it as a stock folder that transformers loads. Killed and started again, it goes on.
 
     [dim]Example:[/]  layerwise compress demo --method owl --sparsity 0.6 --solver sparsegpt -o out
     [dim]By a plan:[/]      layerwise compress MODEL --plan plan.yaml --solver gptq --data text.jsonl -o out
     [dim]2 of every 4:[/]  layerwise compress MODEL --pattern 2:4 --data text.jsonl -o out
+    [dim]In factors:[/]    layerwise compress MODEL --solver armor --pattern 2:4 --data text.jsonl -o out
     [dim]Short of memory:[/]  layerwise compress MODEL --data text.jsonl --stream --spill scratch -o out
     [dim]Several processes:[/]  torchrun --nproc-per-node 2 -m layerwise compress demo -o out
     """
@@ -84,15 +86,25 @@ def compress(
     )  # a plan names its layers itself
     choice = ModelChoice(model, dtype, *chosen_globs, remote_code)
     asked = MethodChoice(
-        method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()), minutes, bits, levels
+        method or (FACTORIZER if solver == FACTORIZER else None),
+        sparsity,
+        pattern,
+        min_sparsity,
+        max_sparsity,
+        tuple(set_ or ()),
+        minutes,
+        bits,
+        levels,
     )
     if plan is not None:
         refuse(context, "the plan says what is done to which layers (--plan)", *SHARING)
     if stream:
         refuse(context, "streamed models are built by transformers' own classes (--stream)", "remote_code")
     given = Plan.load(plan) if plan is not None else None
-    quantizes = asked.hands_out_bits if given is None else any(one.quantize for one in given.layers.values())
-    chosen = solver_of(solver, solver_set or (), given.solver if given is not None else None, quantizes=quantizes)
+    treatment = asked.treatment if given is None else treatment_of(given)
+    chosen = solver_of(solver, solver_set or (), given.solver if given is not None else None, treatment)
+    if dense and treatment != "factorize":
+        refuse(context, "since only layers in factors are multiplied out", "dense")
     more = {"target": for_} if for_ else {}  # of methods that plan for one
     built = None if given is not None else asked.build(seed=seed, solver=chosen.name, **more)
     where = device_of(device)
@@ -130,7 +142,7 @@ def compress(
             check_plan(final, linears_of(loaded), target)
             if not stream and any(one.quantize for one in final.layers.values()):
                 need_compressed_tensors()  # now, not after the work
-            job = _Job(choice, loaded, final, chosen, drawn, settings, held, stream, target)
+            job = _Job(choice, loaded, final, chosen, drawn, settings, held, stream, target, dense)
             result = job.run(screen)
         saved = job.save(output, force, result, screen) if ranks.rank == 0 else None
     if saved is not None:
@@ -151,6 +163,7 @@ class _Job:
     work: "Work"
     stream: bool
     target: "Target"
+    dense: bool
 
     def run(self, screen: Screen) -> "Result":
         """The walk."""
@@ -172,7 +185,7 @@ class _Job:
         from ...io import load_tokenizer, save, save_whole_streamed
 
         measured = {"sparsity": result.sparsity, "seconds": result.seconds, "calibration": result.data}
-        if result.codes:
+        if result.codes or result.factors:
             measured |= {"bits": result.bits, "nominal_bits": result.nominal_bits, "model_bits": result.model_bits}
         with screen.task(f"Saving to {output} and loading it back"):
             more: dict[str, Any] = {
@@ -181,6 +194,7 @@ class _Job:
                 "force": force,
                 "dense": self.choice.folder,
                 "codes": result.codes,
+                "factors": {} if self.dense else result.factors,
                 "target": self.target,
             }
             if self.stream:
@@ -198,12 +212,15 @@ def _show(job: _Job, result: "Result", saved: "Saved", search: "Search | KVSearc
     rows = table("", "", left=2)
     rows.show_header = False
     pruned = sum(layer.pruned for layer in result.layers)
-    if pruned or not result.codes:
+    if pruned or not (result.codes or result.factors):
         count = f"{result.zeros:,} of {result.size:,} weights ({result.sparsity:.4%}), {pruned} layers"
         rows.add_row("pruned", f"{count}; the plan keeps {result.kept:,} in other layers" if result.kept else count)
     if result.codes:
         bits = f"{result.bits:.3f} bits per weight with scales and zeros, {result.nominal_bits:.3f} without"
         rows.add_row("quantized", f"{len(result.codes)} layers to {bits}; the whole model {result.model_bits:.3f}")
+    if result.factors:
+        bits = f"{result.bits:.3f} bits per weight with positions and factors"
+        rows.add_row("factorized", f"{len(result.factors)} layers to {bits}; the whole model {result.model_bits:.3f}")
     rows.add_row("method", f"{job.plan.method.get('name', 'plan')}, solver {job.solver.name}")
     if job.data is not None:
         rows.add_row("data", escape(protocol_line(job.data)))
@@ -222,6 +239,7 @@ def _show(job: _Job, result: "Result", saved: "Saved", search: "Search | KVSearc
                 "zeros": saved.report.zeros,
                 "values": saved.report.values,
                 "packed": saved.report.packed.to_dict() if saved.report.packed else None,
+                "factored": saved.report.factored.to_dict() if saved.report.factored else None,
                 "notes": list(saved.report.notes),
                 "verified": saved.verified is not None,
             },

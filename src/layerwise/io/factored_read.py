@@ -1,0 +1,156 @@
+"""Read a folder of linears in factors: layer by layer as factors, or as the dense weights that they multiply out to.
+
+`layerwise.json` names the layers and their patterns. The weight files have names of their own (factored*.safetensors), so that a stock
+loader says that it finds no weights, instead of filling the layers with random numbers.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..errors import ModelError, ShapeError
+from ..solvers.factors import PARTS, Factors
+from .weights import check_file, read_tensors, weight_files
+
+WEIGHT = ".weight"
+RECORD, ENTRY, FORMAT = "layerwise.json", "factors", 1
+
+
+@dataclass(frozen=True)
+class FactoredFolder:
+    """patterns: layer -> (n, m). where: stored tensor -> its file. products: whether `tensors` multiplies out or only keeps the place."""
+
+    folder: Path
+    patterns: Mapping[str, tuple[int, int]]
+    where: Mapping[str, Path]
+    products: bool = True
+
+    @property
+    def weights(self) -> set[str]:
+        """The names that the layers' weights have in the dense model."""
+        return {layer + WEIGHT for layer in self.patterns}
+
+    def belongs(self, name: str) -> str | None:
+        """The layer that a stored tensor is a factor of; None for a tensor that stands for itself."""
+        layer, _, part = name.rpartition(".")
+        return layer if part in PARTS and layer in self.patterns else None
+
+    def factors(self, layer: str) -> Factors:
+        """One layer's, as stored. Raises ModelError if the files contradict layerwise.json."""
+        parts = {}
+        for part in PARTS:
+            name = f"{layer}.{part}"
+            if name not in self.where:
+                raise ModelError(f'{self.folder}: "{name}" is missing. Fetch the weights again.')
+            with safe_open(self.where[name], framework="pt") as opened:
+                parts[part] = opened.get_tensor(name)
+        try:
+            found = Factors(**parts, n=self.patterns[layer][0], m=self.patterns[layer][1])
+        except ShapeError as error:
+            raise ModelError(f'{self.folder}: "{layer}": {error}') from error
+        if (kept := int(found.keep.sum())) != found.values.numel():
+            raise ModelError(
+                f'{self.folder}: "{layer}" marks {kept} entries as kept and has {found.values.numel()} values.'
+            )
+        return found
+
+    def weight(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The dense weight of this name in the model, such as "model.layers.0.mlp.up_proj.weight"."""
+        factors = self.factors(name.removesuffix(WEIGHT))
+        return factors.weight().to(dtype) if self.products else torch.zeros(1, dtype=dtype).expand(factors.shape)
+
+    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of the whole dense model, one by one."""
+        for file in dict.fromkeys(self.where.values()):
+            for name, tensor in read_tensors(file):
+                if self.belongs(name) is None:
+                    yield name, tensor
+        for layer in self.patterns:
+            yield layer + WEIGHT, self.weight(layer + WEIGHT, dtype)
+
+    def files(self) -> dict[str, Path]:
+        """Tensor of the dense model -> the file that has it; that of a layer in factors is where its first factor is."""
+        own = {name: file for name, file in self.where.items() if self.belongs(name) is None}
+        return own | {layer + WEIGHT: self.where[f"{layer}.{PARTS[0]}"] for layer in self.patterns}
+
+
+def factored_folder(folder: Path) -> FactoredFolder | None:
+    """The folder as one of factors; None if its layerwise.json names none. Raises ModelError for a record that cannot be read."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8")).get(ENTRY)
+        if not entry:
+            return None
+        if entry["format"] != FORMAT:
+            raise ModelError(
+                f"{path}: factors in format {entry['format']}; this layerwise reads {FORMAT}. A newer one may read it."
+            )
+        patterns = {str(name): _pattern(str(text)) for name, text in entry["layers"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ModelError(f"{path}: its entry of factors cannot be read ({error}). Fetch it again.") from error
+    where = {tensor.name: file for file in weight_files(folder) for tensor in check_file(file)}
+    return FactoredFolder(folder, patterns, where)
+
+
+def _pattern(text: str) -> tuple[int, int]:
+    n, _, m = text.partition(":")
+    return int(n), int(m)
+
+
+@dataclass(frozen=True)
+class FactoredReport:
+    """layers: how many are in factors. bytes: of all that stands for them. weights: how many that is."""
+
+    layers: int
+    bytes: int
+    weights: int
+    patterns: tuple[str, ...]
+
+    @property
+    def bits(self) -> float:
+        """True bits per weight: kept values, their positions and both factors, as stored."""
+        return 8 * self.bytes / self.weights if self.weights else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "layers": self.layers,
+            "bytes": self.bytes,
+            "weights": self.weights,
+            "bits": self.bits,
+            "patterns": [*self.patterns],
+        }
+
+    def lines(self) -> list[str]:
+        """What is in factors, and who can load it."""
+        return [
+            f"In factors (ARMOR, cores {' and '.join(self.patterns)}): {self.layers} layers, {self.bits:.3f} bits per weight of these"
+            " layers, positions and both factors counted.",
+            "Loads with layerwise.load alone; dense=True there, or --dense when it is made, multiplies the factors out for any"
+            " tool, in the size of the dense model. 2:4 cores run by sparse kernels on NVIDIA GPUs from Ampere on, in 16 bits; elsewhere"
+            " nothing is faster.",
+        ]
+
+
+def factored_report(folder: Path) -> FactoredReport | None:
+    """Of a folder; None if nothing in it is in factors."""
+    found = factored_folder(folder)
+    if found is None:
+        return None
+    stored = {tensor.name: tensor for file in set(found.where.values()) for tensor in check_file(file)}
+    size = sum(tensor.bytes for name, tensor in stored.items() if found.belongs(name))
+    shapes = {part: {layer: stored[f"{layer}.{part}"].shape for layer in found.patterns} for part in ("left", "right")}
+    weights = sum(
+        shapes["left"][layer][0] * shapes["left"][layer][1] * shapes["right"][layer][0] * shapes["right"][layer][1]
+        for layer in found.patterns
+    )
+    patterns = tuple(sorted({f"{n}:{m}" for n, m in found.patterns.values()}))
+    return FactoredReport(len(found.patterns), size, weights, patterns)

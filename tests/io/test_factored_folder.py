@@ -1,0 +1,211 @@
+"""Folders of factors: bytes, exact loading, the product for other tools, and files that contradict each other."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from factors import drawn
+from layerwise.engine import Settings, compress
+from layerwise.errors import ModelError
+from layerwise.io import (
+    ArmorLinear,
+    armor_linears,
+    load,
+    load_into,
+    load_streamed,
+    multiplied_out,
+    save,
+    save_whole_streamed,
+)
+from layerwise.io.factored_read import factored_folder
+from layerwise.methods import Armor
+from layerwise.solvers import ARMOR
+from layerwise.tasks.batches import Batches
+from quantized import quantized
+from tiny import tiny_llama
+
+torch.set_num_threads(1)
+IDS = torch.arange(24).view(1, 24)
+BATCHES = Batches(tuple({"input_ids": (IDS * 7 + seed) % 60} for seed in range(3)), {})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(folder of the dense model, the model with its products in it, factors, the folder saved)."""
+    root = tmp_path_factory.mktemp("factored")
+    source = tiny_llama(root / "model")
+    model = load(source, dtype="bfloat16")
+    plan = Armor(block=8, overhead=1.0).plan(model)
+    result = compress(model, plan, solver=ARMOR(iterations=3), data=BATCHES)
+    saved = save(model, root / "out", plan=plan, factors=result.factors, dense=source)
+    return source, model, result, saved
+
+
+def copied(made, tmp_path):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for file in made[3].folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def test_a_folder_loads_to_the_same_factors_and_logits(made):
+    _, model, result, saved = made
+    loaded = load(saved.folder)
+    found = armor_linears(loaded)
+    assert set(found) == set(result.factors)
+    for name, module in found.items():
+        assert torch.equal(module.factors.weight(), result.factors[name].weight())
+    # another order of sums in bfloat16 than the product has
+    torch.testing.assert_close(
+        logits(loaded).float(), logits(model).float(), atol=0.05 * float(logits(model).abs().max()), rtol=0
+    )
+    assert saved.verified.loader == "layerwise.load"
+    assert saved.verified.difference == 0
+    assert "Loads with layerwise.load" in saved.lines()[-1]
+
+
+def test_bytes_are_those_that_were_counted(made):
+    _, model, result, saved = made
+    stored = load_file(saved.folder / "factored.safetensors")
+    size = sum(
+        t.numel() * t.element_size()
+        for name, t in stored.items()
+        if name.rpartition(".")[2] in ("left", "values", "bits", "right")
+    )
+    assert size == saved.report.factored.bytes == sum(one.stored_bits for one in result.factors.values()) / 8
+    assert saved.report.factored.bits == pytest.approx(result.bits)
+    header = (saved.folder / "factored.safetensors").stat().st_size - sum(
+        t.numel() * t.element_size() for t in stored.values()
+    )
+    everything = sum(p.numel() for p in model.parameters()) * result.model_bits / 8
+    assert saved.report.bytes - header == pytest.approx(everything)
+    record = json.loads((saved.folder / "layerwise.json").read_text())
+    assert record["loader"] == "layerwise.load"
+    assert record["saved"]["factored"]["layers"] == len(result.factors)
+    assert "bits per weight of these" in (saved.folder / "README.md").read_text()
+
+
+def test_dense_multiplies_out_to_a_stock_folder(made, tmp_path):
+    _, model, _, saved = made
+    dense = load(saved.folder, dense=True)
+    assert not armor_linears(dense)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, dense.get_parameter(name)), name
+    other = save(dense, tmp_path / "dense")
+    assert other.verified.loader == "transformers.AutoModelForCausalLM"
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto")
+    assert torch.equal(logits(stock), logits(model))
+    again = multiplied_out(load(saved.folder))
+    assert torch.equal(logits(again), logits(dense))
+
+
+def test_a_stock_loader_finds_no_weights_instead_of_inventing_some(made):
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(made[3].folder)
+
+
+def test_a_loaded_model_can_be_saved_again_and_in_other_dtypes(made, tmp_path):
+    loaded = load(made[3].folder)
+    save(loaded, tmp_path / "again", verify=False)
+    first, second = (load_file(one / "factored.safetensors") for one in (made[3].folder, tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(logits(load(tmp_path / "again")), logits(loaded))
+    wide = load(made[3].folder, dtype="float32")
+    assert {module.values.dtype for module in armor_linears(wide).values()} == {torch.float32}
+    torch.testing.assert_close(
+        logits(wide), logits(load(made[3].folder, dense=True, dtype="float32")), atol=1e-4, rtol=1e-3
+    )
+
+
+def test_streamed_models_are_saved_in_factors_and_such_folders_are_streamed(made, tmp_path):
+    source, _, _, saved = made
+    streamed = load_streamed(source, dtype=torch.bfloat16)
+    plan = Armor(block=8, overhead=1.0).plan(load(source, dtype="bfloat16"))
+    own = compress(
+        streamed, plan, solver=ARMOR(iterations=3), data=BATCHES, settings=Settings(work=str(tmp_path / "work"))
+    )
+    folder = save_whole_streamed(streamed, tmp_path / "out", dense=source, factors=own.factors).folder
+    assert len(list(folder.glob("factored-*.safetensors"))) > 1
+    assert not list(folder.glob("model*.safetensors"))
+    assert torch.equal(logits(load(folder)), logits(load(saved.folder)))
+    back = load_streamed(folder)  # its blocks come multiplied out
+    report = save_whole_streamed(back, tmp_path / "dense", dense=folder).report
+    assert report.factored is None
+    assert torch.equal(logits(load(tmp_path / "dense")), logits(load(saved.folder, dense=True)))
+
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 16), nn.Linear(16, 8, bias=False)
+
+    def forward(self, x):
+        return self.two(self.one(x).relu())
+
+
+def test_a_module_of_ones_own_class_is_filled_in_factors(tmp_path):
+    model, x = Own(), torch.randn(3, 8)
+    factors = {"two": drawn(8, 16, 4)}
+    model.two.weight.data = factors["two"].weight()
+    save(model, tmp_path / "own", factors=factors)
+    loaded = load_into(Own(), tmp_path / "own")
+    assert isinstance(loaded.two, ArmorLinear)
+    torch.testing.assert_close(loaded(x), model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_layers_that_the_format_cannot_hold_stay_dense_with_a_note(made, tmp_path):
+    source, _, _, _ = made
+    model = load(source)
+    saved = save(model, tmp_path / "out", factors={"model.norm": drawn(8, 8, 4)}, verify=False)
+    assert saved.report.notes == ('model.norm saved dense: "model.norm" is a LlamaRMSNorm; factors are for linears.',)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_stale_factors_and_codes_beside_them_are_refused(made, tmp_path):
+    source, _, result, _ = made
+    name = next(iter(result.factors))
+    changed = load(source)
+    with pytest.raises(ModelError, match="its weight is not what its factors give"):
+        save(changed, tmp_path / "out", factors=result.factors)
+    assert not (tmp_path / "out").exists()
+    codes = quantized(changed, lambda layer, index: (4, None, True) if layer == name else None)
+    with pytest.raises(ModelError, match="codes or factors, not both"):
+        save(changed, tmp_path / "out", factors=result.factors, codes=codes)
+
+
+def test_files_that_contradict_the_record_are_one_line(made, tmp_path):
+    folder = copied(made, tmp_path)
+    tensors = load_file(folder / "factored.safetensors")
+    layer = next(name for name in tensors if name.endswith(".values")).removesuffix(".values")
+    record = json.loads((folder / "layerwise.json").read_text())
+
+    def spoilt(entry=None, **parts):
+        (folder / "layerwise.json").write_text(json.dumps(record | ({"factors": entry} if entry is not None else {})))
+        new = tensors | {f"{layer}.{part}": tensor for part, tensor in parts.items()}
+        new = {name: tensor for name, tensor in new.items() if tensor is not None}
+        save_file(new, folder / "factored.safetensors", metadata={"format": "pt"})
+        (folder / "factored.safetensors.index.json").write_text(
+            json.dumps({"weight_map": dict.fromkeys(new, "factored.safetensors")})
+        )
+        with pytest.raises(ModelError) as caught:
+            load(folder)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert f'"{layer}.values" is missing' in spoilt(values=None)
+    assert "values and bits are" in spoilt(values=tensors[f"{layer}.values"][:, 1:].contiguous())
+    assert "marks" in spoilt(bits=torch.zeros_like(tensors[f"{layer}.bits"]))
+    assert "format 2; this layerwise reads 1" in spoilt(entry={"format": 2, "layers": {}})
+    assert "cannot be read" in spoilt(entry={"format": 1, "layers": {layer: "two:four"}})
+    assert factored_folder(made[0]) is None
