@@ -2,7 +2,6 @@
 
 from .armor_linear import ArmorLinear, armor_linears, fastest_cores, multiplied_out
 from .block_sparse import BlockSparseLinear, block_sparse_on_cpu
-from .cpu import int8_on_cpu
 from .kv_cache import load_cache
 from .load import check_finite, load, load_image_processor, load_into, load_tokenizer
 from .packed_write import linears_of, need_compressed_tensors
@@ -29,7 +28,6 @@ __all__ = [
     "check_plan",
     "count_zeros",
     "fastest_cores",
-    "int8_on_cpu",
     "linears_of",
     "load",
     "load_cache",
