@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from ..errors import ModelError, ShapeError
 from .zeros import keeps_two_of_four, needed_columns, zeros_of
 
+FEW = 8  # rows of input below which groups are multiplied without turning the inputs
+WIDTHS = (64, 32, 16, 8, 4, 2)  # columns that are gathered as one
 MAT_VEC = 1  # rows of input up to which a sparse matrix meets a vector: kernels for that are several times as fast
 TILE = 32  # rows of input that go through a CSR product at once: more fall out of the cache
 GATHERED = 2**20  # bytes of gathered input at once on a CPU
@@ -104,7 +106,8 @@ class NarrowLinear(Form):
 class GatherLinear(Form):
     """Groups of rows, each with only the columns that it needs: gather these inputs, multiply a small dense matrix.
 
-    Groups that need about as many columns are padded to the same number and multiplied together, as many at a time as fit a cache.
+    Columns are gathered in runs of `width` where they are needed together. Groups that need about as many are padded to the same number
+    and multiplied together, as many at a time as fit a cache.
     """
 
     name = "gather"
@@ -113,55 +116,58 @@ class GatherLinear(Form):
         super().__init__(weight, bias)
         self.height = zeros_of(weight).height if height is None else height
         needed = needed_columns(weight != 0, self.height)
+        self.width = _width(needed)
+        needed = needed.reshape(len(needed), -1, self.width).any(2)
         padded = F.pad(weight.detach(), (0, 0, 0, -self.out_features % self.height))
-        groups = padded.reshape(-1, self.height, self.in_features)
+        groups = padded.reshape(len(needed), self.height, -1, self.width)
         counts = needed.sum(1)
         order = counts.argsort(descending=True, stable=True)
-        self.buckets: list[tuple[Tensor, Tensor]] = []
+        self.buckets: list[tuple[Tensor, Tensor]] = []  # runs (groups, most), weights (groups, most * width, height)
         for members in _alike(order, counts):
             most = int(counts[members[0]])
             if most:  # those behind need nothing at all
-                # the columns that a group needs come first, in order; what it does not need is zero anyway
-                columns = (~needed[members]).int().argsort(dim=1, stable=True)[:, :most]
-                kept = groups[members].gather(2, columns[:, None].expand(-1, self.height, -1))
-                self.buckets.append((columns.int().contiguous(), kept.contiguous()))
+                # the runs that a group needs come first, in order; what it does not need is zero anyway
+                runs = (~needed[members]).int().argsort(dim=1, stable=True)[:, :most]
+                chosen = runs[:, None, :, None].expand(-1, self.height, -1, self.width)
+                kept = groups[members].gather(2, chosen).flatten(2).transpose(1, 2)
+                self.buckets.append((runs.int().contiguous(), kept.contiguous()))  # input by input: read in one go
+        self.empty = (len(order) - sum(len(runs) for runs, _ in self.buckets)) * self.height
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
         rows = torch.arange(self.out_features, device=order.device)
         source = place[rows // self.height] * self.height + rows % self.height
         self.source = None if torch.equal(source, rows) else source.int()
-        self.empty = (len(order) - sum(len(columns) for columns, _ in self.buckets)) * self.height
 
     def product(self, x: Tensor) -> Tensor:
-        if len(x) < 8:
-            found = [self._few(x, *bucket) for bucket in self.buckets]
-            found += [x.new_zeros(len(x), self.empty)] if self.empty or not found else []
-            result = found[0] if len(found) == 1 else torch.cat(found, 1)
-            return result if self.source is None else result.index_select(1, self.source)
-        turned = x.t().contiguous()  # gathering rows copies long runs of memory
+        return self._few(x) if len(x) < FEW else self._many(x)
+
+    def _few(self, x: Tensor) -> Tensor:
+        """For few rows of input: no matrix is turned."""
+        runs_of = x.reshape(len(x), -1, self.width)
+        found = []
+        for runs, kept in self.buckets:
+            inputs = runs_of.index_select(1, runs.flatten()).view(len(x), len(runs), -1)
+            found.append(torch.bmm(inputs.transpose(0, 1), kept).transpose(0, 1).flatten(1))
+        result = _joined(found, x.new_zeros(len(x), self.empty), 1)
+        return result if self.source is None else result.index_select(1, self.source)
+
+    def _many(self, x: Tensor) -> Tensor:
+        turned = x.t().contiguous().view(-1, self.width * len(x))  # gathering rows copies long runs of memory
         limit = GATHERED if x.device.type == "cpu" else ON_GPU
         found = []
-        for columns, kept in self.buckets:
-            at_once = max(1, limit // (columns.shape[1] * len(x) * x.element_size()))
-            for some, weights in zip(torch.split(columns, at_once), torch.split(kept, at_once), strict=True):
-                inputs = turned.index_select(0, some.flatten()).view(*some.shape, len(x))
-                found.append(torch.bmm(weights, inputs).flatten(0, 1))
-        found += [x.new_zeros(self.empty, len(x))] if self.empty or not found else []
-        result = found[0] if len(found) == 1 else torch.cat(found)
+        for runs, kept in self.buckets:
+            at_once = max(1, limit // (kept.shape[1] * len(x) * x.element_size()))
+            for some, weights in zip(torch.split(runs, at_once), torch.split(kept, at_once), strict=True):
+                inputs = turned.index_select(0, some.flatten()).view(len(some), -1, len(x))
+                found.append(torch.bmm(weights.transpose(1, 2), inputs).flatten(0, 1))
+        result = _joined(found, x.new_zeros(self.empty, len(x)), 0)
         return (result if self.source is None else result.index_select(0, self.source)).t().contiguous()
 
-    @staticmethod
-    def _few(x: Tensor, columns: Tensor, kept: Tensor) -> Tensor:
-        """(rows, groups * height) for few rows of input: no matrix is turned."""
-        inputs = x.index_select(1, columns.flatten()).view(len(x), *columns.shape)
-        return torch.bmm(inputs.transpose(0, 1), kept.transpose(1, 2)).transpose(0, 1).flatten(1)
-
     def parts(self) -> dict[str, Tensor]:
-        pairs = enumerate(self.buckets)
-        found = {
-            f"{name}.{at}": part for at, pair in pairs for name, part in zip(("columns", "kept"), pair, strict=True)
-        }
-        return found if self.source is None else found | {"source": self.source}
+        found = {} if self.source is None else {"source": self.source}
+        for at, (runs, kept) in enumerate(self.buckets):
+            found |= {f"{at}.runs": runs, f"{at}.kept": kept}
+        return found
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, groups of {self.height} rows"
@@ -238,6 +244,21 @@ class TwoFourLinear(Form):
     def parts(self) -> dict[str, Tensor]:
         inner = ((name, getattr(self.matrix, name, None)) for name in ("packed", "meta"))
         return {name: part for name, part in inner if isinstance(part, Tensor)}
+
+
+def _joined(found: list[Tensor], rest: Tensor, dim: int) -> Tensor:
+    parts = [*found, *([rest] if rest.numel() or not found else [])]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _width(needed: Tensor) -> int:
+    """The longest aligned run of columns that every group (groups, columns) needs whole or not at all."""
+    for width in WIDTHS:
+        if needed.shape[1] % width == 0:
+            runs = needed.reshape(len(needed), -1, width)
+            if torch.equal(runs.any(2), runs.all(2)):
+                return width
+    return 1
 
 
 def _alike(order: Tensor, counts: Tensor) -> list[Tensor]:
