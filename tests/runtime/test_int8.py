@@ -41,6 +41,10 @@ def test_a_row_of_zeros_stays_zero():
     assert (Int8Linear(linear.weight, linear.bias)(torch.randn(2, 8))[:, 1] == 0).all()
 
 
+def test_no_tokens_at_all():
+    assert Int8Linear(torch.ones(4, 8), torch.ones(4))(torch.ones(2, 0, 8)).shape == (2, 0, 4)
+
+
 def test_a_weight_on_the_grid_is_kept():
     """127 steps either side: rows that hold whole numbers and 127 are exact; so are inputs of 0 and 1, and tokens of zeros."""
     linear = nn.Linear(4, 1, bias=False)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ..solvers.codes import Codes
 from .conv import NarrowConv2d, channels_of
-from .forms import BsrLinear, CsrLinear, Form, GatherLinear, NarrowLinear, TwoFourLinear
+from .forms import BsrLinear, CsrLinear, Form, NarrowLinear, TwoFourLinear
+from .gather import GatherLinear
 from .int8 import Int8Linear, int8_missing
 from .weight_only import Int4Linear, Int8WeightLinear, why_not_int4, why_not_int8
 from .zeros import Zeros, zeros_of

@@ -23,6 +23,7 @@ class NarrowConv2d(Form):
         super().__init__(conv.weight.detach().flatten(1), None)
         outputs, inputs = channels_of(conv.weight)
         self.shape = tuple(conv.weight.shape)
+        self.biased = conv.bias is not None
         self.channels = conv.bias.detach() if conv.bias is not None else conv.weight.new_zeros(conv.out_channels)
         self.rows = outputs if len(outputs) < conv.out_channels else None
         self.columns = inputs if len(inputs) < conv.in_channels else None
@@ -47,8 +48,13 @@ class NarrowConv2d(Form):
         self.small = (small,)
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (as torch's own modules call it)
+        return self.product(input)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.biased:
+            destination[f"{prefix}bias"] = self.channels
 
     def product(self, x: Tensor) -> Tensor:
         dim = x.ndim - 3
@@ -64,8 +70,7 @@ class NarrowConv2d(Form):
         indices = {"rows": self.rows, "columns": self.columns}
         return {"kept": self.small[0].weight} | {name: part for name, part in indices.items() if part is not None}
 
-    @property
-    def weight(self) -> Tensor:
+    def dense(self) -> Tensor:
         whole = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         if not self.none:
             columns = torch.arange(self.shape[1], device=self.device) if self.columns is None else self.columns

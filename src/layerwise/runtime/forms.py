@@ -5,6 +5,7 @@ with the dense matrix up to the order of summation; where an input is infinite o
 dense product gives NaN.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -14,15 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ModelError, ShapeError
-from .zeros import keeps_two_of_four, needed_columns, zeros_of
+from .zeros import keeps_two_of_four, zeros_of
 
-FEW = 8  # rows of input below which groups are multiplied without turning the inputs
-WIDTHS = (64, 32, 16, 8, 4, 2)  # columns that are gathered as one
 MAT_VEC = 1  # rows of input up to which a sparse matrix meets a vector: kernels for that are several times as fast
 TILE = 32  # rows of input that go through a CSR product at once: more fall out of the cache
-GATHERED = 2**20  # bytes of gathered input at once on a CPU
-ON_GPU = 2**28  # the same on an accelerator, where only memory limits it
-WASTE = 1.25  # groups that share a batched product may be padded to this times what they need
 
 
 class Form(nn.Module, ABC):
@@ -35,14 +31,16 @@ class Form(nn.Module, ABC):
         self.out_features, self.in_features = weight.shape
         self.dtype, self.device = weight.dtype, weight.device
         self.bias = None if bias is None else bias.detach()
+        self.turned = False  # whether the layer it stands for stores (inputs, outputs)
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, self.in_features)
-        result = self.product(flat)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (as torch's own modules call it)
+        flat = input.reshape(-1, self.in_features)
+        # an expert may get no tokens at all
+        result = self.product(flat) if len(flat) else input.new_zeros(0, self.out_features)
         if self.bias is not None:
             result = result + self.bias
-        return result.reshape(*x.shape[:-1], self.out_features)
+        return result.reshape(*input.shape[:-1], self.out_features)
 
     @abstractmethod
     def product(self, x: Tensor) -> Tensor:
@@ -57,10 +55,26 @@ class Form(nn.Module, ABC):
         """Of what it stores instead of the weight."""
         return sum(part.numel() * part.element_size() for part in self.parts().values())
 
+    def dense(self) -> Tensor:
+        """(out_features, in_features): the matrix it stands for."""
+        return self.product(torch.eye(self.in_features, dtype=self.dtype, device=self.device)).t()
+
     @property
     def weight(self) -> Tensor:
-        """The dense matrix, made anew at each call: for models that look at it."""
-        return self.product(torch.eye(self.in_features, dtype=self.dtype, device=self.device)).t()
+        """As the layer stored it, made anew at each call: for models that look at it."""
+        return self.dense().t() if self.turned else self.dense()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Form":
+        """What it stores never changes, so a copy shares it; sparse tensors could not be copied so anyway."""
+        twin = self.__class__.__new__(self.__class__)
+        twin.__dict__ = {name: copy.copy(one) if isinstance(one, dict) else one for name, one in vars(self).items()}
+        return twin
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """As the layer it stands for: what is saved is the dense model."""
+        destination[f"{prefix}weight"] = self.weight.contiguous()
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias
 
     def extra_repr(self) -> str:
         return (
@@ -98,79 +112,18 @@ class NarrowLinear(Form):
         result = F.linear(x if self.columns is None else x.index_select(1, self.columns), self.kept)
         return result if self.rows is None else x.new_zeros(len(x), self.out_features).index_copy_(1, self.rows, result)
 
+    def dense(self) -> Tensor:
+        whole = self.kept.new_zeros(self.out_features, self.in_features)
+        rows, columns = (
+            torch.arange(size, device=self.device) if some is None else some
+            for size, some in zip(whole.shape, (self.rows, self.columns), strict=True)
+        )
+        whole[rows[:, None], columns] = self.kept
+        return whole
+
     def parts(self) -> dict[str, Tensor]:
         indices = {"rows": self.rows, "columns": self.columns}
         return {"kept": self.kept} | {name: part for name, part in indices.items() if part is not None}
-
-
-class GatherLinear(Form):
-    """Groups of rows, each with only the columns that it needs: gather these inputs, multiply a small dense matrix.
-
-    Columns are gathered in runs of `width` where they are needed together. Groups that need about as many are padded to the same number
-    and multiplied together, as many at a time as fit a cache.
-    """
-
-    name = "gather"
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, height: int | None = None) -> None:
-        super().__init__(weight, bias)
-        self.height = zeros_of(weight).height if height is None else height
-        needed = needed_columns(weight != 0, self.height)
-        self.width = _width(needed)
-        needed = needed.reshape(len(needed), -1, self.width).any(2)
-        padded = F.pad(weight.detach(), (0, 0, 0, -self.out_features % self.height))
-        groups = padded.reshape(len(needed), self.height, -1, self.width)
-        counts = needed.sum(1)
-        order = counts.argsort(descending=True, stable=True)
-        self.buckets: list[tuple[Tensor, Tensor]] = []  # runs (groups, most), weights (groups, most * width, height)
-        for members in _alike(order, counts):
-            most = int(counts[members[0]])
-            if most:  # those behind need nothing at all
-                # the runs that a group needs come first, in order; what it does not need is zero anyway
-                runs = (~needed[members]).int().argsort(dim=1, stable=True)[:, :most]
-                chosen = runs[:, None, :, None].expand(-1, self.height, -1, self.width)
-                kept = groups[members].gather(2, chosen).flatten(2).transpose(1, 2)
-                self.buckets.append((runs.int().contiguous(), kept.contiguous()))  # input by input: read in one go
-        self.empty = (len(order) - sum(len(runs) for runs, _ in self.buckets)) * self.height
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
-        rows = torch.arange(self.out_features, device=order.device)
-        source = place[rows // self.height] * self.height + rows % self.height
-        self.source = None if torch.equal(source, rows) else source.int()
-
-    def product(self, x: Tensor) -> Tensor:
-        return self._few(x) if len(x) < FEW else self._many(x)
-
-    def _few(self, x: Tensor) -> Tensor:
-        """For few rows of input: no matrix is turned."""
-        runs_of = x.reshape(len(x), -1, self.width)
-        found = []
-        for runs, kept in self.buckets:
-            inputs = runs_of.index_select(1, runs.flatten()).view(len(x), len(runs), -1)
-            found.append(torch.bmm(inputs.transpose(0, 1), kept).transpose(0, 1).flatten(1))
-        result = _joined(found, x.new_zeros(len(x), self.empty), 1)
-        return result if self.source is None else result.index_select(1, self.source)
-
-    def _many(self, x: Tensor) -> Tensor:
-        turned = x.t().contiguous().view(-1, self.width * len(x))  # gathering rows copies long runs of memory
-        limit = GATHERED if x.device.type == "cpu" else ON_GPU
-        found = []
-        for runs, kept in self.buckets:
-            at_once = max(1, limit // (kept.shape[1] * len(x) * x.element_size()))
-            for some, weights in zip(torch.split(runs, at_once), torch.split(kept, at_once), strict=True):
-                inputs = turned.index_select(0, some.flatten()).view(len(some), -1, len(x))
-                found.append(torch.bmm(weights.transpose(1, 2), inputs).flatten(0, 1))
-        result = _joined(found, x.new_zeros(self.empty, len(x)), 0)
-        return (result if self.source is None else result.index_select(0, self.source)).t().contiguous()
-
-    def parts(self) -> dict[str, Tensor]:
-        found = {} if self.source is None else {"source": self.source}
-        for at, (runs, kept) in enumerate(self.buckets):
-            found |= {f"{at}.runs": runs, f"{at}.kept": kept}
-        return found
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, groups of {self.height} rows"
 
 
 class CsrLinear(Form):
@@ -190,7 +143,7 @@ class CsrLinear(Form):
     def product(self, x: Tensor) -> Tensor:
         x = x.to(self.computes_in)
         if len(x) <= MAT_VEC:
-            result = (self.matrix @ x[0])[None] if len(x) else x.new_zeros(0, self.out_features)
+            result = (self.matrix @ x[0])[None]
         elif x.device.type == "cpu":
             result = x.new_empty(len(x), self.out_features)
             for rows, some in zip(torch.split(result, TILE), torch.split(x, TILE), strict=True):
@@ -198,6 +151,9 @@ class CsrLinear(Form):
         else:
             result = (self.matrix @ x.t().contiguous()).t().contiguous()
         return result.to(self.dtype)
+
+    def dense(self) -> Tensor:
+        return self.matrix.to_dense().to(self.dtype)
 
     def parts(self) -> dict[str, Tensor]:
         return _parts(self.matrix)
@@ -218,6 +174,9 @@ class BsrLinear(Form):
 
     def product(self, x: Tensor) -> Tensor:
         return (self.matrix @ x.t().contiguous()).t().contiguous()
+
+    def dense(self) -> Tensor:
+        return self.matrix.to_dense()
 
     def parts(self) -> dict[str, Tensor]:
         return _parts(self.matrix)
@@ -241,35 +200,13 @@ class TwoFourLinear(Form):
     def product(self, x: Tensor) -> Tensor:
         return F.linear(x, self.matrix)
 
+    def dense(self) -> Tensor:
+        whole: Tensor = self.matrix.to_dense()  # type: ignore[no-untyped-call]
+        return whole
+
     def parts(self) -> dict[str, Tensor]:
         inner = ((name, getattr(self.matrix, name, None)) for name in ("packed", "meta"))
         return {name: part for name, part in inner if isinstance(part, Tensor)}
-
-
-def _joined(found: list[Tensor], rest: Tensor, dim: int) -> Tensor:
-    parts = [*found, *([rest] if rest.numel() or not found else [])]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def _width(needed: Tensor) -> int:
-    """The longest aligned run of columns that every group (groups, columns) needs whole or not at all."""
-    for width in WIDTHS:
-        if needed.shape[1] % width == 0:
-            runs = needed.reshape(len(needed), -1, width)
-            if torch.equal(runs.any(2), runs.all(2)):
-                return width
-    return 1
-
-
-def _alike(order: Tensor, counts: Tensor) -> list[Tensor]:
-    """Cut groups in descending order of what they need where padding would cost more than WASTE."""
-    sizes, start = [], 0
-    sorted_counts = counts[order].tolist()
-    for at, count in enumerate(sorted_counts):
-        if sorted_counts[start] > WASTE * count and at > start:
-            sizes.append(at - start)
-            start = at
-    return list(torch.split(order, [*sizes, len(order) - start]))
 
 
 def _compressed(matrix: Tensor, make: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 Weights are int8 with one scale per row, inputs 8 bits with one scale per token (one for all tokens of a call ruins language models, whose
 first token is far larger than the rest), products are summed exactly and scaled back (`torch.ops.quantized.linear_dynamic`). For speed
-alone: how few bits a plan gave a layer does not matter here, and nothing of it is saved.
+alone: how few bits a plan gave a layer does not matter here.
 """
 
 import warnings
@@ -36,8 +36,8 @@ class Int8Linear(Form):
         self.reduce_range = overflows()
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        result = self.product(x)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (as torch's own modules call it)
+        result = self.product(input)
         return (result if self.bias is None else result.add_(self.bias)).to(self.dtype)
 
     def product(self, x: Tensor) -> Tensor:
@@ -51,8 +51,7 @@ class Int8Linear(Form):
         rounded = torch.ops.quantized.linear_unpack(self.packed)[0]
         return {"codes": rounded.int_repr(), "scale": rounded.q_per_channel_scales().float()}
 
-    @property
-    def weight(self) -> Tensor:
+    def dense(self) -> Tensor:
         dense: Tensor = torch.ops.quantized.linear_unpack(self.packed)[0].dequantize()
         return dense.to(self.dtype)
 
@@ -77,7 +76,7 @@ def int8_missing() -> str | None:
 
 
 def int8_on_cpu(model: nn.Module, *, exclude: Iterable[str] = ("lm_head",)) -> nn.Module:
-    """Replace the linears of `model` by int8 ones, in place, and return it. For inference alone: there is nothing left to train or save.
+    """Replace the linears of `model` by int8 ones, in place, and return it. For inference alone: there is nothing left to train.
 
     `fastest(model, rounding=True)` measures and takes int8 only where it is faster; this asks nothing.
     exclude: globs of names that stay (heads by default: their rounding costs most). Linears whose weight another module shares stay, too.

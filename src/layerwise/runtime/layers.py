@@ -47,7 +47,7 @@ class Seen:
         """Why this layer cannot be replaced at all; None if it can."""
         kind = type(self.module)
         if kind not in (nn.Linear, nn.Conv2d) and kind.__name__ != "Conv1D":
-            return f"a {kind.__name__} is not replaced"
+            return f"modules of class {kind.__name__} are not replaced"
         if self.module._forward_hooks or self.module._forward_pre_hooks or self.module._backward_hooks:
             return "it has hooks, which would be lost"
         return None
@@ -68,7 +68,8 @@ def seen_in_a_pass(model: nn.Module, given: Batch) -> list[Seen]:
         )
         for path, owner, name, parameter in weights_in(model)
     ]
-    handles = [layer.module.register_forward_pre_hook(_Watch(layer)) for layer in layers if layer.why_not() is None]
+    free = [layer for layer in layers if layer.why_not() is None]
+    handles = [layer.module.register_forward_pre_hook(_Watch(layer), with_kwargs=True) for layer in free]
     try:
         call(model, given)
     finally:
@@ -81,8 +82,9 @@ def seen_in_a_pass(model: nn.Module, given: Batch) -> list[Seen]:
 class _Watch:
     layer: Seen
 
-    def __call__(self, module: nn.Module, args: tuple[object, ...]) -> None:
-        if args and isinstance(x := args[0], Tensor):
+    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        x = next(iter((*args, *kwargs.values())), None)
+        if isinstance(x, Tensor):
             before = self.layer.shape
             if before is None or x.numel() > math.prod(before):
                 self.layer.shape, self.layer.dtype = tuple(x.shape), x.dtype

@@ -57,10 +57,11 @@ class Int4Linear(Form):
         columns = codes.values.shape[1]
         spread = columns // group // codes.scale.shape[1]
         scale, zero = (part.float().repeat_interleave(spread, 1) for part in (codes.scale, codes.zero))
-        # a code of fewer bits is a number below 16 like any other
-        self.scales = torch.stack([scale, (MIDDLE - zero) * scale], -1).transpose(0, 1).to(device, torch.bfloat16)
+        # codes of fewer bits move to the middle, too: shifts are rounded, and should be small
+        up = MIDDLE - (1 << (codes.bits - 1))
+        self.scales = torch.stack([scale, (MIDDLE - up - zero) * scale], -1).transpose(0, 1).to(device, torch.bfloat16)
         self.scales = self.scales.contiguous()
-        values = codes.values.to(device)
+        values = codes.values.to(device) + up
         if device.type == "cpu":
             self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1)
         else:
@@ -91,6 +92,9 @@ class Int8WeightLinear(Form):
     def product(self, x: Tensor) -> Tensor:
         result: Tensor = torch.ops.aten._weight_int8pack_mm(x.contiguous(), self.codes, self.scale)
         return result
+
+    def dense(self) -> Tensor:
+        return self.codes.to(self.dtype) * self.scale[:, None]
 
     def parts(self) -> dict[str, Tensor]:
         return {"codes": self.codes, "scale": self.scale}

@@ -21,7 +21,7 @@ class Zeros:
     """Of one matrix (rows, columns).
 
     density: fraction that is not zero. kept_rows, kept_columns: indices (int64) of those with a weight. height: rows of a group that is
-    stored with only those columns that one of its rows needs, and `gathered` the fraction of the matrix then stored. block: side of square
+    stored with only those columns that one of its rows needs, and `gathered` what is then stored, over the matrix. block: side of square
     blocks stored whole, and `stored` the fraction then stored; None if no side divides both sizes. two_four: at most 2 of every 4
     consecutive inputs are not zero.
     """
@@ -103,7 +103,8 @@ def _groups(kept: Tensor) -> tuple[int, float]:
             break
         needed = needed_columns(needed, height // done)  # of a group: what its halves need
         done = height
-        found.append((height, _share(needed)))
+        stored = int(torch.count_nonzero(needed)) * height / max(1, kept.numel())
+        found.append((height, stored))
     least = min(share for _, share in found)
     return next((height, share) for height, share in reversed(found) if share <= SAME * least)
 

@@ -121,7 +121,7 @@ def _decide(
         found = for_matrix(layer.matrix, module.bias, codes=codes, rounding=rounding)  # type: ignore[arg-type]
     dense = replace(_dense(layer), density=found.density, looks=found.looks)
     x = layer.input()
-    built, errors, failed = _built(found, module, x) if found.builds else ({}, {}, {})
+    built, errors, failed = _built(found, layer, x) if found.builds else ({}, {}, {})
     dense = replace(dense, refused={**found.refused, **failed})
     if not built:
         none = "no zeros" if found.density == 1 else f"{found.density:.0%} kept: no form for that"
@@ -168,15 +168,16 @@ def _dense(layer: Seen) -> LayerSpeed:
     )  # fmt: skip
 
 
-def _built(found: Candidates, dense: nn.Module, x: Tensor) -> tuple[dict[str, Form], dict[str, float], dict[str, str]]:
+def _built(found: Candidates, layer: Seen, x: Tensor) -> tuple[dict[str, Form], dict[str, float], dict[str, str]]:
     """Forms that work here and equal the dense layer, with their errors; and why the others do not."""
-    exact = dense(x)
+    exact, turned = layer.module(x), layer.kind == "conv1d"
     built: dict[str, Form] = {}
     errors: dict[str, float] = {}
     failed: dict[str, str] = {}
     for name, build in found.builds.items():
         try:
             form = build()
+            form.turned = turned
             errors[name] = relative_error(form(x), exact)
         except Exception as error:  # kernels refuse in many ways: no compiler, no such dtype, no memory
             failed[name] = f"cannot run here ({_line(error)})"
