@@ -60,7 +60,7 @@ def seen_in_a_pass(model: nn.Module, given: Batch) -> list[Seen]:
         paths.setdefault(id(module), []).append(path)
     layers = [
         Seen(
-            name=path if name == "weight" else f"{path}.{name}",
+            name=path if name == "weight" and path else f"{path}.{name}".lstrip("."),
             paths=tuple(paths[id(owner)]),
             module=owner,
             parameter=parameter,
