@@ -1,6 +1,6 @@
 """What zeros buy in time: every form of a pruned linear beside the dense one, and whole models through `layerwise.fastest`.
 
-    python benchmarks/runtime.py                          # CPU, one thread, about ten minutes
+    python benchmarks/runtime.py                          # CPU, one thread, about ten minutes; --resume goes on after a kill
     python benchmarks/runtime.py --device cuda            # under a minute; writes runtime_cuda.md
     python benchmarks/runtime.py --quick --out /tmp/runtime.md
 
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--whole-densities", help="default 0.05,0.1,0.25,0.5; on CUDA 0.1,0.5")
     parser.add_argument("--seconds", type=float, help="of one race; default 0.4 on a CPU, 0.1 on CUDA")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--resume", action="store_true", help="go on from what is in the results")
     parser.add_argument("--quick", action="store_true", help="a toy, to see that it runs")
     parser.add_argument("--out", type=Path)
     options = defaults(parser.parse_args())
@@ -55,13 +56,38 @@ def main() -> None:
     if options.device == "cuda":
         before = f"{torch.cuda.get_device_name()}; {before}"
     started = time.perf_counter()
-    layers = [one_layer(*case, batch, options) for case in cases(options, options.densities) for batch in BATCHES]
-    write(options, layers, [], before)
-    dense = llama(options)
-    models = [row for case in cases(options, options.whole_densities) for row in whole_model(*case, dense, options)]
+    layers, models = measured_before(options) if options.resume else ([], [])
+    for pattern, density in cases(options, options.densities):
+        for batch in BATCHES:
+            if (pattern, density, batch) not in map(key, layers):
+                layers.append(one_layer(pattern, density, batch, options))
     write(options, layers, models, before)
+    dense = llama(options)
+    for pattern, density in cases(options, options.whole_densities):
+        if (pattern, density, BATCHES[-1]) not in map(key, models):
+            models += whole_model(pattern, density, dense, options)
+            write(options, layers, models, before)
     print(options.out.read_text(encoding="utf-8"))
     print(f"{time.perf_counter() - started:.0f} s")
+
+
+def key(row: dict[str, Any]) -> tuple[str, float, int]:
+    """Which case a row is of."""
+    return row["pattern"], row["density"], row["batch"]
+
+
+def measured_before(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(linears, models) of the same protocol, of a run that was stopped."""
+    found = json.loads(options.out.with_suffix(".json").read_text(encoding="utf-8"))
+    if found["protocol"] != protocol(options):
+        raise SystemExit(f"{options.out}: measured with {found['protocol']}, not {protocol(options)}.")
+    return found["layers"], found["models"]
+
+
+def protocol(options: argparse.Namespace) -> dict[str, Any]:
+    """What rows of one table have in common."""
+    names = ("device", "size", "hidden", "seconds", "threads")
+    return {name: getattr(options, name) for name in names} | {"dtype": str(options.dtype), "torch": torch.__version__}
 
 
 def defaults(options: argparse.Namespace) -> argparse.Namespace:
@@ -206,7 +232,7 @@ def write(options: argparse.Namespace, layers: list[dict[str, Any]], models: lis
         *model_table(models),
     ]
     options.out.write_text("\n".join(text) + "\n", encoding="utf-8")
-    facts = {"machine": before, "torch": torch.__version__, "dtype": dtype, "layers": layers, "models": models}
+    facts = {"machine": before, "protocol": protocol(options), "layers": layers, "models": models}
     options.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 

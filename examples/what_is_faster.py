@@ -12,13 +12,15 @@ import layerwise as lw
 from layerwise.runtime import SpeedReport
 
 
-def main(sparsity: float = 0.9, seconds: float = 0.1) -> tuple[nn.Module, nn.Module, SpeedReport]:
-    """Returns the pruned model, the same in its fastest form for decoding one token, and the report."""
+def main(
+    sparsity: float = 0.9, seconds: float = 0.1, lengths: tuple[int, ...] = (256, 1)
+) -> tuple[nn.Module, nn.Module, SpeedReport]:
+    """Returns the pruned model, the same in its fastest form for the last of the lengths, and the report."""
     model = lw.load("demo", dtype="float32")
     lw.compress(model, lw.methods.Uniform(sparsity=sparsity).plan(model), solver=lw.solvers.Magnitude())
-    for length, what in ((256, "a prompt of 256 tokens"), (1, "one token")):
+    for length in lengths:  # a prompt, and a step of decoding
         fast, report = lw.fastest(model, batch=1, length=length, seconds=seconds)
-        print(f"{what}: {report.summary()}")
+        print(f"{length} tokens at once: {report.summary()}")
     print(report)
     ids = torch.tensor([lw.load_tokenizer("demo").encode("import os\n")])
     same = torch.equal(*(one.generate(ids, max_new_tokens=16, do_sample=False) for one in (model, fast)))
