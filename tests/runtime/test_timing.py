@@ -44,21 +44,28 @@ def test_one_bad_round_does_not_decide(monkeypatch):
 def test_ways_take_turns_and_the_hopeless_leave(monkeypatch):
     machine = Machine(monkeypatch)
     ways = {name: machine.way(name, cost) for name, cost in (("dense", 1.0), ("slow", 5.0), ("fast", 0.5))}
-    found = race(ways, seconds=1e-3)  # one call a turn
+    found = race(ways, seconds=5)  # one call a turn
     assert len(found["slow"].ratios) == 2
     assert len(found["fast"].ratios) == len(found["dense"].ratios) == ROUNDS
     turns = machine.order[6:]  # after the first two calls of each
     assert turns[:6] == ["dense", "slow", "fast", "slow", "fast", "dense"]
     assert machine.order.count("slow") == 4
-    stay = race(ways, seconds=1e-3, to_the_end=True)
+    stay = race(ways, seconds=5, to_the_end=True)
     assert len(stay["slow"].ratios) == ROUNDS
 
 
 def test_dense_stays_however_slow(monkeypatch):
     machine = Machine(monkeypatch)
-    found = race({"dense": machine.way("dense", 9.0), "fast": machine.way("fast", 1.0)}, seconds=1e-3)
+    found = race({"dense": machine.way("dense", 9.0), "fast": machine.way("fast", 1.0)}, seconds=5)
     assert found["fast"].ratio == 9
     assert len(found["dense"].ratios) == ROUNDS
+
+
+def test_very_slow_calls_have_three_rounds(monkeypatch):
+    machine = Machine(monkeypatch)
+    found = race({"dense": machine.way("dense", 50.0), "fast": machine.way("fast", 40.0)}, seconds=1)
+    assert len(found["fast"].ratios) == 3
+    assert found["fast"].ratio == 1.25
 
 
 def test_short_calls_are_timed_many_at_a_time_and_long_ones_once(monkeypatch):

@@ -76,9 +76,14 @@ def fastest(
         for done, layer in enumerate(layers):
             if progress is not None:
                 progress(done, len(layers), layer.name)
-            may_round = rounding and layer.module is not head
-            reason = "excluded" if layer.name in stay else None
-            decided.append(_decide(layer, (codes or {}).get(layer.name), may_round, reason, margin, (seconds, size)))
+            reason = "excluded" if layer.name in stay else layer.why_not()
+            if reason is None and not layer.rows:
+                reason = "the pass did not call it"
+            if reason is not None:
+                decided.append(Decided(layer, replace(_dense(layer), why=reason), None))
+                continue
+            found = _candidates(layer, (codes or {}).get(layer.name), rounding and layer.module is not head)
+            decided.append(_decide(layer, found, margin, seconds, size))
         if progress is not None:
             progress(len(layers), len(layers), "the whole model")
         return judged(model, given, decided, margin, WHOLE * seconds)
@@ -105,30 +110,29 @@ def _excluded(layers: list[Seen], globs: Iterable[str]) -> set[str]:
     return found
 
 
-def _decide(
-    layer: Seen, codes: Codes | None, rounding: bool, reason: str | None, margin: float, limits: tuple[float, int]
-) -> Decided:
-    """The race of one layer, unless there is a `reason` that it stays dense. limits: seconds, and bytes of the whole model."""
-    reason = reason or layer.why_not()
-    if reason is None and not layer.rows:
-        reason = "the pass did not call it"
-    if reason is not None:
-        return Decided(layer, replace(_dense(layer), why=reason), None)
+def _candidates(layer: Seen, codes: Codes | None, rounding: bool) -> Candidates:
     module = layer.module
     if isinstance(module, nn.Conv2d):
-        found = for_convolution(module)
-    else:
-        found = for_matrix(layer.matrix, module.bias, codes=codes, rounding=rounding)  # type: ignore[arg-type]
-    dense = replace(_dense(layer), density=found.density, looks=found.looks)
+        return for_convolution(module)
+    bias = module.bias
+    assert bias is None or isinstance(bias, Tensor)  # noqa: S101  (for the type checker)
+    return for_matrix(layer.matrix, bias, codes=codes, rounding=rounding)
+
+
+def _decide(layer: Seen, found: Candidates, margin: float, seconds: float, size: int) -> Decided:
+    """The race of one layer among the forms that it could take. size: bytes of the whole model."""
+    dense = replace(_dense(layer), density=found.density, looks=found.looks, refused=found.refused)
+    if not found.builds:
+        why = "no zeros" if found.density == 1 else f"{found.density:.0%} kept: no form for that"
+        return Decided(layer, replace(dense, why=why), None)
     x = layer.input()
-    built, errors, failed = _built(found, layer, x) if found.builds else ({}, {}, {})
+    built, errors, failed = _built(found, layer, x)
     dense = replace(dense, refused={**found.refused, **failed})
     if not built:
-        none = "no zeros" if found.density == 1 else f"{found.density:.0%} kept: no form for that"
-        return Decided(layer, replace(dense, why=_first(failed) or none), None)
-    runs: dict[str, Run] = {"dense": partial(module, x)}
+        why = "; ".join(f"{name} {reason}" for name, reason in failed.items())
+        return Decided(layer, replace(dense, why=why), None)
+    runs: dict[str, Run] = {"dense": partial(layer.module, x)}
     runs |= {name: partial(form, x) for name, form in built.items()}
-    seconds, size = limits
     others = size - dense.dense_bytes if x.device.type == "cpu" else 0
     return _won(layer, dense, race(runs, seconds=seconds, others=others), built, errors, margin)
 
@@ -188,10 +192,6 @@ def _built(found: Candidates, layer: Seen, x: Tensor) -> tuple[dict[str, Form], 
         else:
             failed[name] = f"its outputs differ by {errors[name]:.2g}, more than {limit:.2g}"
     return built, errors, failed
-
-
-def _first(failed: Mapping[str, str]) -> str:
-    return "; ".join(f"{name} {why}" for name, why in failed.items())
 
 
 def _line(error: Exception) -> str:

@@ -21,6 +21,7 @@ from torch.utils.benchmark.utils.timer import timer as wall  # waits for the acc
 ROUNDS = 9
 CALLS = 5  # at most in one turn, where the cache is emptied before each
 SHORTEST = 5e-4  # seconds of one turn, where it is not: many calls where one is shorter
+PATIENCE = 20
 HOPELESS = 1.5  # after two rounds, a way that takes this times as long as the best is out of the race
 MARGIN = 0.05  # how much faster than dense the median must be, to be called faster
 CACHE = 2**26  # bytes: no cache that a core has to itself is larger
@@ -53,21 +54,23 @@ class Timed:
 def race(
     ways: Mapping[str, Run], *, seconds: float, others: int = 0, first: str = "dense", to_the_end: bool = False
 ) -> dict[str, Timed]:
-    """Name -> times; `first` is the way that the others are compared with. Rounds are fixed; `seconds`: about what they take together.
+    """Name -> times; `first` is the way that the others are compared with. seconds: about what the rounds take together. Where single
+    calls are so slow that they would take more than PATIENCE times that, there are fewer rounds, but three at least.
 
     others: bytes that the model reads between two calls, 0 where the ways are the whole of it; for CPUs.
     With one thread on a CPU the clock is the processor's, which others on the machine do not move; otherwise the wall's.
     """
     clock = time.process_time if _alone() else wall
     between = torch.ones(min(others, CACHE) // 4) if others else None
-    with _undisturbed():
+    with _no_collection():
         for run in ways.values():  # the first call of a way may compile, allocate or choose a kernel
             run()
         once = {name: _time(run, 1, clock, between) for name, run in ways.items()}
         share = max(SHORTEST, seconds / ROUNDS / len(ways))
+        rounds = max(3, min(ROUNDS, int(PATIENCE * seconds / max(1e-9, sum(once.values())))))
         times: dict[str, list[float]] = {name: [] for name in ways}
         racing = list(ways)
-        for turn in range(ROUNDS):
+        for turn in range(rounds):
             start = turn % len(racing)
             for name in racing[start:] + racing[:start]:
                 calls = max(1, round(share / max(once[name], 1e-7)))
@@ -99,7 +102,7 @@ def _time(run: Run, calls: int, clock: Callable[[], float], between: Tensor | No
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def _no_collection() -> Iterator[None]:
     """No garbage collection meanwhile."""
     on = gc.isenabled()
     gc.disable()
