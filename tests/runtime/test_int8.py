@@ -69,6 +69,16 @@ def test_a_language_model_without_its_head():
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 19)
 
 
+def test_a_state_dict_has_the_rounded_weights_in_their_dtype():
+    model = small_llama(hidden_size=64, intermediate_size=96, attention_bias=True).bfloat16()
+    names, weight = list(model.state_dict()), model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    state = int8_on_cpu(model).state_dict()
+    assert list(state) == names
+    assert {value.dtype for value in state.values()} == {torch.bfloat16}
+    got = state["model.layers.0.mlp.up_proj.weight"]
+    assert 0 < (got - weight).abs().max() < 0.02 * weight.abs().max()
+
+
 def test_shared_weights_stay():
     model = small_llama(tie_word_embeddings=True)
     int8_on_cpu(model, exclude=())

@@ -74,7 +74,7 @@ class Form(nn.Module, ABC):
         """As the layer it stands for: what is saved is the dense model."""
         destination[f"{prefix}weight"] = self.weight.contiguous()
         if self.bias is not None:
-            destination[f"{prefix}bias"] = self.bias
+            destination[f"{prefix}bias"] = self.bias.to(self.dtype)
 
     def extra_repr(self) -> str:
         return (
