@@ -1,6 +1,7 @@
 """The last word: whole forward passes of the model with the forms that its layers won with, beside the dense one."""
 
 import copy
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -102,4 +103,6 @@ def protocol_of(model: nn.Module, given: Batch, margin: float) -> dict[str, str 
         "inputs": shapes,
         "margin": margin,
         "torch": str(torch.__version__),
+        # on a machine that is busier than it has cores, times of several threads say little
+        **({"load": round(os.getloadavg()[0], 1)} if hasattr(os, "getloadavg") else {}),
     }
