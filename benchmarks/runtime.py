@@ -24,13 +24,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import layerwise as lw
 from layerwise.randomness import generator_for
-from layerwise.runtime.candidates import for_matrix
-from layerwise.runtime.outputs import EQUAL, relative_error
+from layerwise.runtime.candidates import Candidates, for_matrix
+from layerwise.runtime.outputs import layer_limit, relative_error
 from layerwise.runtime.timing import CACHE, MARGIN, Timed, race
+from layerwise.solvers.codes import Codes
 from measuring import machine
 
 HERE = Path(__file__).parent
 PATTERNS = {"1": (1, 1), "4x1": (4, 1), "16x16": (16, 16), "32x32": (32, 32), "rows": None, "2:4": None}
+CODES = {"4 bits, groups of 128": (4, 128), "8 bits by row": (8, None)}
 BATCHES = (1, 16, 256)
 
 
@@ -56,17 +58,20 @@ def main() -> None:
     if options.device == "cuda":
         before = f"{torch.cuda.get_device_name()}; {before}"
     started = time.perf_counter()
-    layers, models = measured_before(options) if options.resume else ([], [])
+    layers, models, coded = measured_before(options) if options.resume else ([], [], [])
     for pattern, density in cases(options, options.densities):
         for batch in BATCHES:
             if (pattern, density, batch) not in map(key, layers):
                 layers.append(one_layer(pattern, density, batch, options))
-    write(options, layers, models, before)
+    for name, batch in ((name, batch) for name in CODES for batch in BATCHES):
+        if (name, 1.0, batch) not in map(key, coded):
+            coded.append(one_coded(name, batch, options))
+    write(options, layers, models, coded, before)
     dense = llama(options)
     for pattern, density in cases(options, options.whole_densities):
         if (pattern, density, BATCHES[-1]) not in map(key, models):
             models += whole_model(pattern, density, dense, options)
-            write(options, layers, models, before)
+            write(options, layers, models, coded, before)
     print(options.out.read_text(encoding="utf-8"))
     print(f"{time.perf_counter() - started:.0f} s")
 
@@ -76,12 +81,12 @@ def key(row: dict[str, Any]) -> tuple[str, float, int]:
     return row["pattern"], row["density"], row["batch"]
 
 
-def measured_before(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(linears, models) of the same protocol, of a run that was stopped."""
+def measured_before(options: argparse.Namespace) -> tuple[list[dict[str, Any]], ...]:
+    """(linears, models, linears of codes) of the same protocol, of a run that was stopped."""
     found = json.loads(options.out.with_suffix(".json").read_text(encoding="utf-8"))
     if found["protocol"] != protocol(options):
         raise SystemExit(f"{options.out}: measured with {found['protocol']}, not {protocol(options)}.")
-    return found["layers"], found["models"]
+    return found["layers"], found["models"], found.get("coded", [])
 
 
 def protocol(options: argparse.Namespace) -> dict[str, Any]:
@@ -138,23 +143,44 @@ def one_layer(pattern: str, density: float, batch: int, options: argparse.Namesp
     weight = weight.to(options.device) * mask(size, size, pattern, density, name, options.device)
     weight = weight.to(options.dtype)
     x = torch.randn(batch, size, generator=generator_for(2, name)).to(options.device, options.dtype)
-    found = for_matrix(weight, None)
+    case = {"pattern": pattern, "density": density, "batch": batch}
+    return case | beside_dense(for_matrix(weight, None), weight, x, options)
+
+
+def one_coded(name: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The same for weights that are codes, in bfloat16, where the kernels are; on a CPU int8 with rounded inputs, too."""
+    bits, group = CODES[name]
+    size, draw = options.size, generator_for(0, name)
+    scale = ((torch.rand(size, size // (group or size), generator=draw) + 0.5) / size**0.5).bfloat16().float()
+    codes = Codes(
+        torch.randint(2**bits, (size, size), generator=draw).to(torch.uint8),
+        scale,
+        torch.full_like(scale, 2 ** (bits - 1)),
+        bits,
+        group,
+        symmetric=True,
+        scale_dtype=torch.bfloat16,
+    )
+    weight = codes.weight().to(options.device, torch.bfloat16)
+    x = torch.randn(batch, size, generator=draw).to(options.device, torch.bfloat16)
+    found = for_matrix(weight, None, codes=codes, rounding=options.device == "cpu")
+    return {"pattern": name, "density": 1.0, "batch": batch} | beside_dense(found, weight, x, options)
+
+
+def beside_dense(found: Candidates, weight: Tensor, x: Tensor, options: argparse.Namespace) -> dict[str, Any]:
+    """Times of all forms that run here and equal the dense product; and why the others do not."""
     runs, failed = {"dense": partial(torch.nn.functional.linear, x, weight)}, dict(found.refused)
     for form, build in found.builds.items():
         try:
             made = build()
-            if relative_error(made(x), runs["dense"]()) > EQUAL[options.dtype]:
-                raise ArithmeticError("its outputs differ")
+            if (error := relative_error(made(x), runs["dense"]())) > layer_limit(form, weight.dtype):
+                raise ArithmeticError(f"outputs differ by {error:.2g}")
             runs[form] = partial(made, x)
         except Exception as error:  # a kernel that refuses is a result
-            failed[form] = (
-                f"{type(error).__name__}: {str(error).splitlines()[0][:80]}" if str(error) else type(error).__name__
-            )
+            first = next(iter(str(error).splitlines()), "")
+            failed[form] = f"{type(error).__name__}: {first[:100]}"
     times = race(runs, seconds=options.seconds, others=CACHE if options.device == "cpu" else 0, to_the_end=True)
     return {
-        "pattern": pattern,
-        "density": density,
-        "batch": batch,
         "dense_ms": times["dense"].ms,
         "ratios": {form: timed.ratio for form, timed in times.items() if form != "dense"},
         "low": {form: timed.low for form, timed in times.items() if form != "dense"},
@@ -204,7 +230,13 @@ def llama(options: argparse.Namespace) -> nn.Module:
     return LlamaForCausalLM(config).eval().to(options.device, options.dtype)
 
 
-def write(options: argparse.Namespace, layers: list[dict[str, Any]], models: list[dict[str, Any]], before: str) -> None:
+def write(
+    options: argparse.Namespace,
+    layers: list[dict[str, Any]],
+    models: list[dict[str, Any]],
+    coded: list[dict[str, Any]],
+    before: str,
+) -> None:
     """The tables, and all that was measured as JSON."""
     dtype = str(options.dtype).removeprefix("torch.")
     text = [
@@ -222,6 +254,13 @@ def write(options: argparse.Namespace, layers: list[dict[str, Any]], models: lis
         f"## One linear of {options.size} x {options.size}",
         "",
         *layer_table(layers),
+        *could_not([*layers, *coded]),
+        "",
+        "## The same, of codes",
+        "",
+        "bfloat16, no zeros. `int4 weights` and `int8 weights` give the product of the same weights; `int8` rounds its inputs too.",
+        "",
+        *layer_table(coded),
         "",
         "## A whole model",
         "",
@@ -232,7 +271,7 @@ def write(options: argparse.Namespace, layers: list[dict[str, Any]], models: lis
         *model_table(models),
     ]
     options.out.write_text("\n".join(text) + "\n", encoding="utf-8")
-    facts = {"machine": before, "protocol": protocol(options), "layers": layers, "models": models}
+    facts = {"machine": before, "protocol": protocol(options), "layers": layers, "models": models, "coded": coded}
     options.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
@@ -262,6 +301,14 @@ def break_even(layers: list[dict[str, Any]]) -> list[str]:
             cells.append(last)
         lines.append(f"| {pattern} | {' | '.join(cells)} |")
     return lines
+
+
+def could_not(rows: list[dict[str, Any]]) -> list[str]:
+    """Forms whose kernels were there and did not run, or gave something else."""
+    found = sorted(
+        {f"- {form}, {row['pattern']}: {why}" for row in rows for form, why in row["failed"].items() if "Error" in why}
+    )
+    return ["", "Could not run:", "", *found] if found else []
 
 
 def layer_table(layers: list[dict[str, Any]]) -> list[str]:
