@@ -268,7 +268,9 @@ def write(
         " token.",
         "Attention, norms and the dense head (1024 words) are in the time. `dense`: the whole was not faster, so nothing was replaced.",
         "",
-        *model_table(models),
+        *model_table(
+            sorted(models, key=lambda row: (list(PATTERNS).index(row["pattern"]), row["density"], row["batch"]))
+        ),
     ]
     options.out.write_text("\n".join(text) + "\n", encoding="utf-8")
     facts = {"machine": before, "protocol": protocol(options), "layers": layers, "models": models, "coded": coded}
