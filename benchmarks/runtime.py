@@ -104,7 +104,7 @@ def defaults(options: argparse.Namespace) -> argparse.Namespace:
     options.seconds = options.seconds or (0.1 if cuda else 0.4)
     options.whole_densities = options.whole_densities or ("0.1,0.5" if cuda else "0.05,0.1,0.25,0.5")
     if options.quick:
-        options.size, options.hidden, options.seconds = 128, 64, 0.01
+        options.size, options.hidden, options.seconds = 128, 64, 0.002
         options.densities = options.whole_densities = "0.1,0.5"
     for name in ("densities", "whole_densities"):
         setattr(options, name, [float(one) for one in getattr(options, name).split(",")])
