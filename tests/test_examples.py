@@ -137,3 +137,13 @@ def test_block_vit_wins_back_what_blocks_cost(capsys: pytest.CaptureFixture[str]
     assert found["tuned"] > found["dense"] - 0.04
     assert found["block-sparse"] == found["tuned"]
     assert "by the energy model" in capsys.readouterr().out
+
+
+@needs_demo
+def test_what_is_faster(capsys: pytest.CaptureFixture[str]):
+    model, fast, report = example("what_is_faster").main(seconds=0.002, lengths=(1,))
+    assert len(report.layers) == 57
+    assert fast is not model
+    shown = capsys.readouterr().out
+    assert "1 tokens at once: " in shown
+    assert "they write the same: True" in shown

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from .engine import walk as walk
     from .evaluate import Evaluation as Evaluation
     from .evaluate import evaluate as evaluate
-    from .io import int8_on_cpu as int8_on_cpu
     from .io import load as load
     from .io import load_cache as load_cache
     from .io import load_tokenizer as load_tokenizer
     from .io import save as save
     from .plan import Plan as Plan
+    from .runtime import fastest as fastest
+    from .runtime import int8_on_cpu as int8_on_cpu
     from .structure import Structure as Structure
     from .structure import structure_of as structure_of
     from .tasks import Batches as Batches
@@ -41,8 +42,9 @@ _HOME = {
     "Structure": "structure",
     "compress": "engine",
     "evaluate": "evaluate",
+    "fastest": "runtime",
     "held_out": "tasks",
-    "int8_on_cpu": "io",
+    "int8_on_cpu": "runtime",
     "load": "io",
     "load_cache": "io",
     "load_tokenizer": "io",

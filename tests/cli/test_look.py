@@ -21,7 +21,7 @@ def as_json(capsys, *args):
     return json.loads(out)
 
 
-COMMANDS = "methods inspect plan compress evaluate compare diff demo".split()
+COMMANDS = "methods inspect plan compress evaluate speed compare diff demo".split()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -294,3 +294,21 @@ def test_a_config_that_does_not_fit_the_files(tmp_path):
     save_file(tensors, tmp_path / "out/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="weight_shape is missing"):
         load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["sparse-bitmask", "sparse-24-bitmask", "marlin-24"])
+@pytest.mark.parametrize("where", ["format", "sparsity_config", "config_groups", "compression_config"])
+def test_sparse_formats_of_the_past_are_refused_by_name(tmp_path, name, where):
+    small_llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    entry = {"quant_method": "compressed-tensors"}
+    entry |= {
+        "format": {"format": name},
+        "compression_config": {"sparsity_config": {"format": name}},
+        "sparsity_config": {"format": "dense", "sparsity_config": {"format": name}},
+        "config_groups": {"config_groups": {"group_0": {"targets": ["Linear"], "format": name}}},
+    }[where]
+    key = "compression_config" if where == "compression_config" else "quantization_config"
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: entry}))
+    with pytest.raises(ModelError, match=f'stored as "{name}", which compressed-tensors dropped'):
+        load(tmp_path)

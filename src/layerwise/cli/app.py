@@ -13,6 +13,7 @@ from .commands.evaluate import evaluate
 from .commands.inspect import inspect
 from .commands.methods import methods
 from .commands.plan import plan
+from .commands.speed import speed
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,6 +47,7 @@ app.command(rich_help_panel=DO)(demo)
 app.command(rich_help_panel=DO)(plan)
 app.command(rich_help_panel=DO)(compress)
 app.command(rich_help_panel=DO)(evaluate)
+app.command(rich_help_panel=DO)(speed)
 app.command(rich_help_panel=DO)(compare)
 app.command(rich_help_panel=LOOK)(methods)
 app.command(rich_help_panel=LOOK)(inspect)

@@ -167,6 +167,26 @@ Latency = Annotated[
     bool, _option(HOW, None, "Also time prefill and decoding, and count the bytes of the KV cache.", "--latency")
 ]
 
+# how: a model's fastest form
+PassBatch = Annotated[
+    int, _option(HOW, "N", "Sequences, or images, in one forward pass.", "--batch", min=1, show_default=True)
+]
+PassLength = Annotated[
+    int,
+    _option(HOW, "N", "Tokens in each: 1 is a step of decoding, more a prompt.", "--length", min=1, show_default=True),
+]
+Rounding = Annotated[
+    bool,
+    _option(
+        HOW, None, "Also try int8 with rounded inputs: outputs then are near the dense ones, not equal.", "--rounding"
+    ),
+]
+StayDense = Annotated[list[str] | None, _option(HOW, "GLOB", "Layers that stay dense (repeatable).", "--exclude")]
+RaceSeconds = Annotated[
+    float,
+    _option(HOW, "S", "About what timing one layer takes; more is surer.", "--seconds", min=0.001, show_default=True),
+]
+
 KvBits = Annotated[
     str | None,
     _option(

@@ -2,9 +2,9 @@
 
 from .armor_linear import ArmorLinear, armor_linears, fastest_cores, multiplied_out
 from .block_sparse import BlockSparseLinear, block_sparse_on_cpu
-from .cpu import int8_on_cpu
 from .kv_cache import load_cache
 from .load import check_finite, load, load_image_processor, load_into, load_tokenizer
+from .packed_read import packed_codes
 from .packed_write import linears_of, need_compressed_tensors
 from .places import model_folder
 from .save import Saved, SavedReport, needed_bytes, save, saved_report
@@ -29,7 +29,6 @@ __all__ = [
     "check_plan",
     "count_zeros",
     "fastest_cores",
-    "int8_on_cpu",
     "linears_of",
     "load",
     "load_cache",
@@ -41,6 +40,7 @@ __all__ = [
     "multiplied_out",
     "need_compressed_tensors",
     "needed_bytes",
+    "packed_codes",
     "save",
     "save_whole_streamed",
     "saved_report",

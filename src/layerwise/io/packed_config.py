@@ -13,6 +13,7 @@ from ..errors import ModelError
 from .pack_quantized import Scheme
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+GONE = ("sparse-bitmask", "sparse-24-bitmask", "marlin-24")
 LAYOUT = "0.20.0"  # the compressed-tensors whose layout we write: since 0.18 codes of 3, 5, 6 and 7 bits cross words
 
 
@@ -50,6 +51,20 @@ def is_packed(config: Mapping[str, Any]) -> bool:
     groups = entry.get("config_groups")
     own = [group.get("format") or entry.get("format") for group in groups.values()] if isinstance(groups, dict) else []
     return bool(own) and all(one == FORMAT for one in own)
+
+
+def refuse_gone(config: Mapping[str, Any], folder: Path) -> None:
+    """Raise ModelError for the sparse formats that compressed-tensors once had and nothing reads any more."""
+    entries = [config.get(name) for name in ("quantization_config", "compression_config")]
+    for entry in (one for one in entries if isinstance(one, Mapping)):
+        groups = entry.get("config_groups")
+        parts = [entry, entry.get("sparsity_config"), *(groups.values() if isinstance(groups, Mapping) else ())]
+        for part in parts:
+            if isinstance(part, Mapping) and (name := part.get("format")) in GONE:
+                raise ModelError(
+                    f'{folder}/config.json: the weights are stored as "{name}", which compressed-tensors dropped in 2026; current'
+                    " transformers and vLLM do not read it either. Expand it with compressed-tensors 0.14 or older and save it dense."
+                )
 
 
 def schemes_in(config: Mapping[str, Any], layers: Iterable[str], folder: Path) -> dict[str, Scheme]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import ModelError
 from ..solvers.codes import Codes
 from .pack_quantized import PARTS, Scheme, codes_of, weight_of
-from .packed_config import is_packed, schemes_in
+from .packed_config import is_packed, refuse_gone, schemes_in
 from .places import read_config
 from .weights import check_file, read_tensors, weight_files
 
@@ -78,14 +78,24 @@ class PackedFolder:
 
 
 def packed_folder(folder: Path) -> PackedFolder | None:
-    """The folder as packed weights; None if its config does not say so, or it has no config. Raises ModelError for a bad entry."""
-    if not (folder / "config.json").is_file() or not is_packed(config := read_config(folder)):
+    """The folder as packed weights; None if its config does not say so, or it has no config. Raises ModelError for a bad entry, or a sparse
+    format of the past."""
+    if not (folder / "config.json").is_file():
+        return None
+    refuse_gone(config := read_config(folder), folder)
+    if not is_packed(config):
         return None
     where = {tensor.name: file for file in weight_files(folder) for tensor in check_file(file)}
     layers = [name.removesuffix(f".{PARTS[0]}") for name in where if name.endswith(f".{PARTS[0]}")]
     if ordered := [layer for layer in layers if f"{layer}.weight_g_idx" in where]:
         raise ModelError(f'{folder}: "{ordered[0]}" has its inputs in another order (weight_g_idx), which is not read.')
     return PackedFolder(folder, schemes_in(config, layers, folder), where)
+
+
+def packed_codes(folder: Path) -> dict[str, Codes]:
+    """Layer -> its codes, a byte a weight; none where the folder is not packed. Raises ModelError as of `packed_folder`."""
+    packed = packed_folder(folder)
+    return {} if packed is None else {layer: packed.codes(layer) for layer in packed.schemes}
 
 
 def dtype_in(config: Mapping[str, Any]) -> torch.dtype:
