@@ -22,10 +22,10 @@ from torch.nn import functional as F
 import layerwise as lw
 from layerwise.allocate import TABLES
 from layerwise.evaluate import accuracy
-from layerwise.io import BlockSparseLinear
 from layerwise.methods import LPViT, Uniform
 from layerwise.methods.block_costs import costs_of
 from layerwise.recover import Distillation, fine_tune, masks_of, warm_cosine
+from layerwise.runtime.gather import GatherLinear
 from layerwise.solvers import Magnitude, SparseGPT
 from layerwise.tasks import Batches
 from lines import Lines
@@ -172,7 +172,8 @@ def speeds(rows: int = 3072, columns: int = 768, tokens: int = 788, block: int =
         keep = torch.rand(rows // block, columns // block, generator=draw) < density
         linear.weight.copy_(torch.randn(rows, columns, generator=draw))
         linear.weight *= keep.repeat_interleave(block, 0).repeat_interleave(block, 1)
-        gathered, bsr = BlockSparseLinear(linear, (block, block)), linear.weight.to_sparse_bsr((block, block))
+        gathered = GatherLinear(linear.weight, linear.bias, block)
+        bsr = linear.weight.to_sparse_bsr((block, block))
         calls: dict[str, Callable[[], Tensor]] = {
             "dense": lambda: linear(x),
             "gathered": lambda g=gathered: g(x),  # type: ignore[misc]
@@ -230,7 +231,7 @@ def speed_table(found: list[dict[str, Any]]) -> Iterator[str]:
         "",
         "3072 outputs, 768 inputs, 788 tokens, blocks of 32, float32, one thread: milliseconds, the least of seven.",
         "",
-        "| density | dense | gathered blocks (`BlockSparseLinear`) | PyTorch's BSR |",
+        "| density | dense | gathered blocks (`GatherLinear`) | PyTorch's BSR |",
         "|--:|--:|--:|--:|",
     )
     for row in found[0]["rows"]:

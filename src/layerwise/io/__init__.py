@@ -1,7 +1,6 @@
 """Models and tokenizers in and out of folders, in stock formats; what is saved is checked in a fresh process."""
 
 from .armor_linear import ArmorLinear, armor_linears, fastest_cores, multiplied_out
-from .block_sparse import BlockSparseLinear, block_sparse_on_cpu
 from .kv_cache import load_cache
 from .load import check_finite, load, load_image_processor, load_into, load_tokenizer
 from .packed_read import packed_codes
@@ -17,13 +16,11 @@ from .zeros import count_zeros
 
 __all__ = [
     "ArmorLinear",
-    "BlockSparseLinear",
     "Saved",
     "SavedReport",
     "Target",
     "Verified",
     "armor_linears",
-    "block_sparse_on_cpu",
     "check_finite",
     "check_output",
     "check_plan",
