@@ -145,3 +145,6 @@ def test_a_plan_of_the_cache_alone_speaks_of_no_sparsity(here, capsys):
     )
     assert main("plan model --edit cache.yaml --json -q".split()) == 0
     assert "achieved" not in json.loads(capsys.readouterr().out)["plan"].get("budget", {})
+    assert main("plan model --edit cache.yaml --plot cache.png".split()) == 0
+    assert "nothing is drawn" in capsys.readouterr().err
+    assert not (here / "cache.png").exists()

@@ -93,8 +93,7 @@ def plan(
     if edit is not None:
         show_notes(made.notes, screen)
     if plot is not None:
-        _draw(made, structure, plot)
-        screen.show(escape(f"\nDrawn: {plot}"))
+        _draw(made, structure, plot, screen)
     if output is not None:
         cached = any(entry.cache for entry in made.layers.values())
         use = f"evaluate {model} --plan {output} --data TEXT" if cached else f"compress {model} --plan {output} -o OUT"
@@ -156,10 +155,14 @@ def _show(made: "Plan", structure: "Structure", search: "Search | KVSearch | Non
         show_plan(made, structure, screen)
 
 
-def _draw(made: "Plan", structure: "Structure", path: Path) -> None:
-    """Bits by block where the plan quantises, else sparsities."""
+def _draw(made: "Plan", structure: "Structure", path: Path, screen: Screen) -> None:
+    """Bits by block where the plan quantises, else sparsities; a note where it does neither."""
     from ...report import plot_bits, plot_sparsities
 
     bits = any(entry.quantize for entry in made.layers.values())
+    if not bits and not any(entry.prune for entry in made.layers.values()):
+        screen.say("note: nothing is drawn: the plan has neither sparsities nor bits of weights.", style="yellow")
+        return
     draw = plot_bits if bits else plot_sparsities
     draw({str(made.method.get("name", "plan")): made}, structure.layers, path)
+    screen.show(escape(f"\nDrawn: {path}"))
