@@ -81,10 +81,9 @@ def compress(
 
     screen = Screen(json=json, quiet=quiet)
     target = target_of(for_ or "transformers")
-    chosen_globs = (
-        (tuple(include or ()), tuple(exclude or ())) if plan is None else (("*",), ())
-    )  # a plan names its layers itself
-    choice = ModelChoice(model, dtype, *chosen_globs, remote_code)
+    # a plan names its layers itself
+    globs = (tuple(include or ()), tuple(exclude or ())) if plan is None else (("*",), ())
+    choice = ModelChoice(model, dtype, *globs, remote_code)
     asked = MethodChoice(
         method or (FACTORIZER if solver == FACTORIZER else None),
         sparsity,
@@ -111,23 +110,19 @@ def compress(
     ranks = Ranks.join(where)
     check_output(output, force=force, needed=2 * choice.bytes)  # the finished blocks, and the folder made from them
     folder = work or output.with_name(f"{output.name}.work")
-    if chosen.needs == "none":
-        refuse(context, f"since solver {chosen.name} looks at weights alone", "propagate")
-    drawn = None
-    if chosen.needs == "none" and not (built is not None and built.needs_data):
-        who = f"solver {chosen.name}" if built is None else f"method {built.name} and solver {chosen.name}"
-        refuse(context, f"since {who} look{'s' if built is None else ''} at weights alone", *CALIBRATION, "spill")
-        if chosen.name != "random" and not getattr(built, "draws", hasattr(built, "seed")):
-            refuse(context, f"since {who} draw{'s' if built is None else ''} nothing", "seed")
-    else:
-        drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen)
+    reads = _reads_data(context, chosen, built)
+    drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen) if reads else None
     with work_folder(folder) if ranks.rank == 0 else Work(folder, lock=False) as held:
         settings = Settings(propagate_of(propagate), None if where.type == "cpu" else where, held, seed)
         loaded = choice.load(screen, stream=stream, device=where if spill is None else None)
         with spilling(loaded, spill):
             structure = choice.structure(loaded)
             search = None
-            if given is None:
+            if given is not None:
+                show_notes(given.notes, screen)
+                final = given if given.model is not None else with_facts(given, choice, structure)
+                final = with_solver(final, chosen)
+            else:
                 made: dict[str, Any] = {}
                 # a search is for one process, and takes its time
                 if ranks.rank == 0 or not isinstance(built, (Auto, KVTuner)):
@@ -135,10 +130,6 @@ def compress(
                     own, search = make_plan(built, choice, loaded, structure, drawn, screen, chosen, settings, record)
                     made = own.to_dict()
                 final = Plan.model_validate(ranks.share_object(made, 0))  # the last bit of a score may differ
-            else:
-                show_notes(given.notes, screen)
-                final = given if given.model is not None else with_facts(given, choice, structure)
-                final = with_solver(final, chosen)
             check_plan(final, linears_of(loaded), target)
             if not stream and any(one.quantize for one in final.layers.values()):
                 need_compressed_tensors()  # now, not after the work
@@ -148,6 +139,21 @@ def compress(
     if saved is not None:
         record_of(output).unlink(missing_ok=True)
         _show(job, result, saved, search, screen)
+
+
+def _reads_data(context: typer.Context, solver: "Solver", method: Any) -> bool:
+    """Whether solver or method (None: a plan is given) looks at calibration data; options that nothing reads are refused."""
+    if solver.needs == "none":
+        refuse(context, f"since solver {solver.name} looks at weights alone", "propagate")
+    if solver.needs != "none" or (method is not None and method.needs_data):
+        return True
+    who, s = (
+        (f"solver {solver.name}", "s") if method is None else (f"method {method.name} and solver {solver.name}", "")
+    )
+    refuse(context, f"since {who} look{s} at weights alone", *CALIBRATION, "spill")
+    if solver.name != "random" and not getattr(method, "draws", hasattr(method, "seed")):
+        refuse(context, f"since {who} draw{s} nothing", "seed")
+    return False
 
 
 @dataclass(frozen=True)
