@@ -192,7 +192,7 @@ def test_every_order_has_the_bits_of_its_column(tmp_path, monkeypatch):
     monkeypatch.setitem(solvers.SOLVERS, "rounding", Rounding)
     options = argparse.Namespace(
         solvers="rounding", high=4, group=16, points=3, draws=2, measured="errors,divergence", probes=1, samples=2, length=16, tokens=64,
-        dtype="float32", threads=1,
+        dtype="float32", threads=1, device="cpu",
     )  # fmt: skip
     subject = Subject("toy", tiny_llama(tmp_path / "model", blocks=4), tmp_path)
     ids = torch.randint(2, 60, (2, 16), generator=torch.Generator().manual_seed(0))
