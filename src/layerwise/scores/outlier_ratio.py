@@ -63,12 +63,17 @@ def _share_above(scores: Callable[[], Iterable[Tensor]], factor: float) -> float
     total, count = 0.0, 0
     for score in scores():
         total, count = total + _sum(score), count + score.numel()
+        del score  # before the next one is made
     if not count:
         raise ScoreError("outlier_share: there are no scores.")
     mean = total / count
     if not math.isfinite(mean):
         raise ScoreError("outlier_share: a score is not finite. Accumulate input norms in float32, not float16.")
-    return sum(int((score > factor * mean).sum()) for score in scores()) / count
+    above = 0
+    for score in scores():
+        above += int((score > factor * mean).sum())
+        del score
+    return above / count
 
 
 def _sum(scores: Tensor) -> float:
