@@ -250,9 +250,10 @@ def report(results: Lines, named: list[Subject], methods: list[str], options: ar
     yield (
         f"Protocol: {options.steps} steps of {options.batch} x {options.length} tokens in float32, 5 steps of warm-up, then linear to 0,"
         f" clipped at 1; rank {options.rank} (LoRA {options.rank // 2}), 2 blocks at a time, others every {options.period} steps;"
-        f" projectors of GaLore as often; outliers above {options.factor:g} times the mean. Learning rates: the best in steps of 3, on other text."
-        f" Held-out loss: mean ± standard deviation over {options.seeds} seeds. MB = 1e6 bytes, the most at any step by torch's"
-        " accounting; `by arithmetic` is that of gradients and state, once every block was there. CPU seconds: median over seeds."
+        f" projectors of GaLore as often; outliers above {options.factor:g} times the mean. Learning rates: the best in steps"
+        f" of 3, on other text. Held-out loss: mean ± standard deviation over {options.seeds} seeds. MB = 1e6 bytes, the most"
+        " at any step by torch's accounting; `by arithmetic` is that of gradients and state, once every block was there. CPU"
+        " seconds: median over seeds."
     )
     for subject in named:
         model = subject.load()

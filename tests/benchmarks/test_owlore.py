@@ -25,11 +25,20 @@ def test_a_table_of_measured_and_expected_bytes(bed, monkeypatch, capsys):
 
     threads = torch.get_num_threads()
     methods = [name for name in owlore.RECIPES if name != "lora"]
-    argv = (
-        "owlore.py --models demo --seeds 1 --steps 16 --period 2 --batch 2 --length 12 --tokens 240 --rank 4 --factor 2".split()
-        + ["--demo", str(bed / "model"), "--bed", str(bed), "--work", str(bed / "work"), "--out", str(bed / "out.md")]
-        + ["--methods", ";".join(methods)]
+    shape = (
+        "--models demo --seeds 1 --steps 16 --period 2 --batch 2 --length 12 --tokens 240 --rank 4 --factor 2".split()
     )
+    places = [
+        "--demo",
+        str(bed / "model"),
+        "--bed",
+        str(bed),
+        "--work",
+        str(bed / "work"),
+        "--out",
+        str(bed / "out.md"),
+    ]
+    argv = ["owlore.py", *shape, *places, "--methods", ";".join(methods)]
     monkeypatch.setattr("sys.argv", argv)
     owlore.main()
     table = (bed / "out.md").read_text()
