@@ -75,6 +75,16 @@ def test_a_group_without_a_rank_is_adam():
     assert torch.allclose(weight, twin, atol=1e-6)
 
 
+def test_double_precision_stays_double():
+    weight = torch.nn.Parameter(noise(6, 4).double())
+    optimizer = projected(weight, 2, lr=0.1)
+    step(optimizer, weight, noise(6, 4, seed=1))
+    assert {value.dtype for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)} == {
+        torch.float64
+    }
+    assert not torch.equal(weight.float().double(), weight)
+
+
 def test_weights_decay_after_the_step_in_full_rank():
     weight = torch.nn.Parameter(torch.ones(3, 2))
     optimizer = projected(weight, 1, lr=0.1, weight_decay=0.5)

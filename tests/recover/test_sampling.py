@@ -182,6 +182,17 @@ def test_what_lies_outside_the_blocks_is_trained_as_said(always):
     assert moved(model, before) & outside == wanted
 
 
+def test_a_coin_for_each_block_may_leave_none_but_what_is_always_trained():
+    model = model_of_four()
+    sampling = LayerSampling(model, blocks=1, period=1, draw="independent", seed=1)
+    optimizer = adam(sampling)
+    sampling.watch(optimizer)
+    sizes = []
+    train(model, sampling, optimizer, range(12), lambda step: sizes.append(len(sampling.active)))
+    assert 0 in sizes
+    assert max(sizes) > 1
+
+
 def test_a_block_that_is_not_named_is_never_trained():
     model = model_of_four()
     before = weights(model)

@@ -101,17 +101,18 @@ class LowRankAdam(Optimizer):
             self.state[parameter]["due"] = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but moments stay float32: torch would round them to the dtype of the weights."""
+        """As torch's, but moments keep their float32: torch would round them to the dtype of the weights."""
         super().load_state_dict(state_dict)
         mine = [parameter for group in self.param_groups for parameter in group["params"]]
         given = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, parameter in zip(given, mine, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
-                    self.state[parameter][key] = value.to(parameter.device, torch.float32, copy=True)
+                    self.state[parameter][key] = value.to(parameter.device, copy=True)
 
     def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state, gradient = self.state[parameter], cast(Tensor, parameter.grad).float()
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        state, gradient = self.state[parameter], cast(Tensor, parameter.grad).to(wide)
         steps = state.get("steps", 0)
         if group["rank"] is not None:
             due = "projector" not in state or state.get("due") or (group["gap"] and steps % group["gap"] == 0)
@@ -132,7 +133,7 @@ class LowRankAdam(Optimizer):
         if group["rank"] is not None:
             change = change @ projector if _tall(parameter) else projector @ change
             rate *= group["scale"]
-        parameter.copy_(parameter.float().sub_(change, alpha=float(rate)))
+        parameter.copy_(parameter.to(wide).sub_(change, alpha=float(rate)))
         if group["weight_decay"]:
             parameter.mul_(1 - float(group["lr"]) * group["weight_decay"])
 
