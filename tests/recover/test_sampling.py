@@ -2,9 +2,14 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from layerwise.errors import ConfigError, ModelError, PlanError, SelectionError
@@ -12,6 +17,7 @@ from layerwise.recover import LayerSampling, LowRank, LowRankAdam, Masks
 from layerwise.structure import structure_of
 from models import MODELS, small_llama
 
+SCRIPT = Path(__file__).with_name("sampled.py")
 BLOCKS = [f"model.layers.{index}" for index in range(4)]
 
 
@@ -280,6 +286,30 @@ def test_masks_hold_while_blocks_take_turns():
 def test_rates_of_a_plan_are_those_of_the_groups():
     sampling = LayerSampling(model_of_four(), rates={BLOCKS[1]: 0.5})
     assert {group["lr"] for group in sampling.groups(0.1)} == {0.1, 0.05}
+
+
+def test_processes_train_the_same_blocks_and_stay_alike(tmp_path):
+    paths = os.pathsep.join([str(SCRIPT.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(SCRIPT),
+        str(tmp_path),
+    ]
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    assert len(set(one["history"].tolist())) > 2
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    start = dict(model_of_four().named_parameters())
+    drawn = {f"model.layers.{index}." for index in one["history"].tolist()}
+    for name in start:
+        inside = "layers" in name
+        assert torch.equal(one[name], start[name]) == (inside and not name.startswith(tuple(drawn))), name
 
 
 def test_no_global_stream_is_drawn_from():

@@ -76,6 +76,22 @@ def test_the_trainers_own_optimiser_knows_every_block(tmp_path):
     assert len({str(one) for one in watch.history}) > 2
 
 
+def test_activations_that_are_computed_again_change_nothing(tmp_path):
+    weights = []
+    for again in (False, True):
+        model, _, job, watch = started(
+            tmp_path, steps=4, settings={"always": ()}, gradient_checkpointing=again, save_strategy="no"
+        )
+        undisturbed(job.train)
+        assert len({str(one) for one in watch.history}) == 2
+        weights.append({name: value.clone() for name, value in model.state_dict().items()})
+    assert all(torch.allclose(value, weights[1][name], atol=1e-6) for name, value in weights[0].items())
+    assert not torch.equal(
+        weights[0]["model.layers.1.mlp.up_proj.weight"],
+        small_llama(num_hidden_layers=4).state_dict()["model.layers.1.mlp.up_proj.weight"],
+    )
+
+
 def test_other_settings_or_no_sampling_in_the_checkpoint_are_refused(tmp_path):
     *_, job, _ = started(tmp_path, steps=3)
     undisturbed(job.train)
