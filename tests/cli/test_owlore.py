@@ -56,7 +56,6 @@ def test_inspect_shows_every_kind_of_entry(here, capsys):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (["plan", "model", *SMALL, "--plot", "plan.png"], ["--plot", "neither sparsities nor bits"]),
         (["plan", "model", *SMALL, "--set", "floor=2"], ["OwLore.floor=2"]),
         (["plan", "model", "--method", "owlore", "--sparsity", "0.5"], ["owlore takes no --sparsity"]),
         (["plan", "model", "--method", "owlore", "--set", "score=uniform", "--set", "blocks=2", "--data", "text.txt"], ["--data"]),
@@ -71,4 +70,3 @@ def test_bad_requests_are_one_clear_line(here, capsys, command, words):
     err = capsys.readouterr().err
     assert all(word in err for word in words), err
     assert "Traceback" not in err
-    assert not (here / "plan.png").exists()

@@ -128,8 +128,6 @@ def _check_used(context: typer.Context, method: Any) -> None:
         refuse(context, "since method kvtuner decides for attentions, not for weights", "include", "exclude")
     else:
         refuse(context, f"since method {method.name} searches in no storage", "storage")
-    if method.name == "owlore":
-        refuse(context, "since method owlore hands out neither sparsities nor bits", "plot")
     if not method.needs_data:
         refuse(context, f"since method {method.name} looks at weights alone", *CALIBRATION)
         if not getattr(method, "draws", hasattr(method, "seed")):
