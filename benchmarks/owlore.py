@@ -70,17 +70,17 @@ def main() -> None:
     parser.add_argument(
         "--seeds", type=int, default=3, help="0, 1, ...: order of text, draws of blocks, start of adapters"
     )
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=8, help="windows in a step")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=4, help="windows in a step")
     parser.add_argument("--length", type=int, default=64, help="tokens of a window")
     parser.add_argument(
-        "--tokens", type=int, default=16384, help="of the text that is judged, and of that which chooses rates"
+        "--tokens", type=int, default=8192, help="of the text that is judged, and of that which chooses rates"
     )
     parser.add_argument(
         "--rank", type=int, default=32, help="of GaLore and OwLore; LoRA has half, which has as many numbers"
     )
     parser.add_argument(
-        "--period", type=int, default=10, help="steps between draws of blocks, and between projectors of GaLore"
+        "--period", type=int, default=6, help="steps between draws of blocks, and between projectors of GaLore"
     )
     parser.add_argument("--factor", type=float, default=5.0, help="an outlier exceeds so many times the mean")
     parser.add_argument("--threads", type=int, default=1)
