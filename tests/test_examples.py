@@ -3,10 +3,12 @@
 import importlib.util
 import itertools
 import math
+import random
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from layerwise.io.places import model_folder
 from layerwise.plan import Plan
@@ -147,3 +149,17 @@ def test_what_is_faster(capsys: pytest.CaptureFixture[str]):
     shown = capsys.readouterr().out
     assert "1 tokens at once: " in shown
     assert "they write the same: True" in shown
+
+
+@needs_demo
+def test_train_few_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("accelerate")
+    words = "The old man went down to the sea and the boat was gone . She told him a story about a small bird .".split()
+    draw = random.Random(0)  # noqa: S311
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(draw.choice(words) for _ in range(9000)), encoding="utf-8")
+    with torch.random.fork_rng(devices=[]):  # the Trainer seeds everything it finds
+        before, after = example("train_few_blocks").main("demo", str(text), steps=8, length=32)
+    assert after < 0.5 * before
+    out = capsys.readouterr().out
+    assert "model.layers.7: " in out

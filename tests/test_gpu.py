@@ -13,7 +13,7 @@ from models import MODELS, inputs_for
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-METHODS = [name for name, method in lw.methods.METHODS.items() if name not in ("auto", "kvtuner")]
+METHODS = [name for name, method in lw.methods.METHODS.items() if name not in ("auto", "kvtuner", "owlore")]
 
 
 @pytest.fixture(scope="module")

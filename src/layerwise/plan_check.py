@@ -49,6 +49,10 @@ def entry_problems(
     if entry.cache and (name in known or (attentions and name not in attentions)):
         such = f" such as {attentions[0]}" if attentions else ""
         problems.append(f"{where}: cache is of an attention, and this is none. Name one{such}.")
+    if entry.train and entry.train.probability is not None and blocks and name not in blocks:
+        problems.append(
+            f"{where}: train.probability is of a whole block, and this is none. Name a block such as {min(blocks)}, or give a rate."
+        )
     for outer in (name[:i] for i, letter in enumerate(name) if letter == "."):
         if outer in entries and entries[outer].drop:
             problems.append(f'{where}: the plan drops "{outer}", which holds it. Remove one of the two entries.')

@@ -247,7 +247,8 @@ class KeepTokens(Record):
 
 
 class Train(Record):
-    """How much a layer or block is trained: a learning-rate multiplier, a probability of being sampled."""
+    """How much a layer or block is trained: what its learning rate is multiplied by; of a block, its probability in a draw of blocks
+    (that of being the first that is drawn: those of a plan are scaled to sum 1)."""
 
     rate: Annotated[Number, Field(ge=0)] | None = Field(default=None, description="give a multiplier, at least 0")
     probability: Fraction | None = Field(default=None, description="give a probability, 0 <= probability <= 1")

@@ -120,7 +120,7 @@ def test_candidates_are_controls_first_then_those_that_need_no_data_each_with_it
     ]  # fmt: skip
     everything = {name.split()[0] for name in candidates(Auto(sparsity=0.5))}
     in_bits = {"uniform-bits", "lwq", "least-error", "kvtuner"}  # they share out no sparsity
-    others = {"lpvit", "armor"}  # of whole blocks, and of factors
+    others = {"lpvit", "armor", "owlore"}  # of whole blocks, of factors, of training
     assert everything == set(methods.METHODS) - {"auto"} - in_bits - others
     with pytest.raises(ConfigError, match='"lwq" is no method to try'):
         Auto(sparsity=0.5, only="lwq")

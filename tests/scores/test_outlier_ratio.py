@@ -1,4 +1,7 @@
 import copy
+import gc
+import sys
+import weakref
 
 import pytest
 import torch
@@ -149,3 +152,60 @@ def test_only_the_layers_up_for_compression_count():
     other = outlier_ratio(changed, data, structure, 2.0)
     assert other["model.layers.0"] == got["model.layers.0"]
     assert other["model.layers.1"] != got["model.layers.1"]
+
+
+class TwoMatrices(torch.nn.Module):
+    """q and u look at the block's own input; what they say is not passed on, so that every block sees the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(2)
+        self.q, self.u = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 3, bias=False)
+        self.o = torch.nn.Linear(3, 2, bias=False)  # is not scored
+
+    def forward(self, x):
+        return x + 0 * self.norm(self.q(x)) + 0 * self.o(self.u(x))
+
+
+def test_one_mean_for_all_matrices_of_a_block_worked_by_hand():
+    """Squares of the inputs 3 and 8 in all, (1.5, 4) a sequence; the mean of the ten scores is 1.39453 there, the outlier 8 * sqrt(1.5)."""
+    model = torch.nn.Sequential(TwoMatrices(), TwoMatrices())
+    with torch.no_grad():
+        for block in model:
+            block.q.weight.copy_(torch.eye(2))
+            block.u.weight.copy_(torch.tensor([[0.1, 0.1], [-8, 0.2], [0, 0.1]]))
+    tokens = torch.tensor([[[1.0, 0], [1, 2]], [[0, 0], [1, 2]]])
+    data, structure = Batches(tuple({"input": one[None]} for one in tokens), {}), structure_of(model, exclude=["*.o"])
+    root = torch.tensor([1.5, 4.0]).sqrt()
+    scores = [block_weight.abs() * root for block_weight in (model[0].q.weight.detach(), model[0].u.weight.detach())]
+    assert torch.cat([one.flatten() for one in scores]).mean().item() == pytest.approx(1.39453, abs=2e-5)
+    for factor in (3.0, 5.0):
+        assert outlier_ratio(model, data, structure, factor) == {"0": 0.1, "1": 0.1}
+        assert outlier_share(scores, factor) == 0.1
+    # a mean for each matrix would say 0 and 1 of 6 instead
+    assert [outlier_share([one], 3.0) for one in scores] == [0.0, pytest.approx(1 / 6)]
+    twice = Batches(tuple({"input": 2 * one[None]} for one in tokens), {})
+    with torch.no_grad():
+        model[0].q.weight.mul_(10)
+        model[0].u.weight.mul_(10)
+    assert outlier_ratio(model, twice, structure, 3.0) == {"0": 0.1, "1": 0.1}
+
+
+def test_the_scores_of_one_matrix_are_held_at_a_time(monkeypatch):
+    """Counted where they are made: the next is asked for after the one before is gone."""
+    module = sys.modules["layerwise.scores.outlier_ratio"]
+    real, alive, most = module._scores, weakref.WeakSet(), []
+
+    def counted(*args):
+        for score in real(*args):
+            alive.add(score)
+            yield score
+            del score
+            gc.collect()
+            most.append(len(alive))
+
+    monkeypatch.setattr(module, "_scores", counted)
+    model = MODELS["llama"]()
+    outlier_ratio(model, batches_for("llama", model), structure_of(model), 2.0)
+    assert len(most) == 2 * len(structure_of(model).layers)  # for the mean, and for the count
+    assert max(most) <= 1

@@ -144,6 +144,15 @@ Score = Annotated[
         show_default=False,
     ),
 ]
+ShownPlan = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan",
+        metavar="FILE",
+        help="Show what this plan does to the model: zeros, bits, bits of the KV cache, what is trained how often and how fast.",
+        show_default=False,
+    ),
+]
 Plot = Annotated[
     Path | None,
     _option(OUTPUT, "FILE", "With --score alpha-hill: draw the layers' spectra and the fits to their tails, a PNG."),

@@ -1,17 +1,31 @@
-"""A plan on the screen: what it takes away in all, a bar for each block, a line for each role."""
+"""A plan on the screen: what it takes away in all, a bar for each block, a line for each role; caches and training as their own tables."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from .cache_tables import show_cache
 from .screen import Screen, table
+from .train_tables import show_train, trains
 
 if TYPE_CHECKING:
     from ..plan import Plan
     from ..structure import Layer, Structure
 
 MOST_BARS = 48  # a model of more blocks than this gets no chart in the terminal
+
+
+def show_entries(made: "Plan", structure: "Structure", screen: Screen) -> None:
+    """Every kind of treatment that the plan has; its zeros, none, where it has no kind at all."""
+    cached, trained = any(entry.cache for entry in made.layers.values()), trains(made)
+    if cached:
+        show_cache(made, screen)
+    if trained:
+        show_train(made, screen)
+    quantised = any(entry.quantize for entry in made.layers.values())
+    if quantised or made.zeros(structure.layers) or not (cached or trained):
+        show_plan(made, structure, screen)
 
 
 def show_plan(made: "Plan", structure: "Structure", screen: Screen) -> None:

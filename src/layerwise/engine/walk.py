@@ -103,7 +103,8 @@ def walk(
 def check(plan: Plan, structure: Structure) -> dict[str, Treatments]:
     """Layer name -> what is done to its weights, for layers that lose something. Raises PlanError with everything that does not fit.
 
-    Bits of the KV cache change no weight: they are checked here and applied by whoever makes the cache.
+    Bits of the KV cache and what is said of training change no weight: they are checked here, and applied by whoever makes the cache or
+    trains.
     """
     plan.check(
         structure.layers,
@@ -114,7 +115,7 @@ def check(plan: Plan, structure: Structure) -> dict[str, Treatments]:
     other = [
         f'plan: layer "{name}": {field} cannot be applied by this version; it applies prune, quantize and factorize.'
         for name, treatments in plan.layers.items()
-        for field in sorted(treatments.model_fields_set - {"prune", "quantize", "factorize", "cache"})
+        for field in sorted(treatments.model_fields_set - {"prune", "quantize", "factorize", "cache", "train"})
         if getattr(treatments, field) is not None
     ]
     if other:

@@ -17,6 +17,7 @@ from .least_error import LeastError
 from .lpvit import LPViT
 from .lwq import LWQ
 from .owl import OWL
+from .owlore import OwLore
 from .random_ratios import RandomRatios
 from .search import Search
 from .snip import SNIP, SNIPRatio
@@ -45,6 +46,7 @@ __all__ = [
     "LPViT",
     "LeastError",
     "Method",
+    "OwLore",
     "RandomRatios",
     "SNIPRatio",
     "Search",
@@ -78,6 +80,7 @@ METHODS: dict[str, type[Method]] = {
     "lwq": LWQ,
     "least-error": LeastError,
     "kvtuner": KVTuner,
+    "owlore": OwLore,
 }
 
 

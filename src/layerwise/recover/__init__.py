@@ -1,21 +1,32 @@
-"""Training with and after compression, in a plain loop or in a stock trainer: masks that hold, a teacher, learning rates by layer."""
+"""Training with and after compression, in a plain loop or a stock trainer: masks, a teacher, learning rates by layer, blocks in turn."""
 
 from .distill import Distillation, distillation_loss
+from .draw import inclusion
 from .fit import fine_tune, warm_cosine
+from .groups import parameter_groups, probabilities_of, rates_of
+from .low_rank import LowRank, LowRankAdam
 from .masks import Masks, hold, masks_of
+from .sampling import LayerSampling
 from .start import kaiming_normal, random_masks
 from .temp_balance import TempBalance, learning_rates
 
 __all__ = [
     "Distillation",
+    "LayerSampling",
+    "LowRank",
+    "LowRankAdam",
     "Masks",
     "TempBalance",
     "distillation_loss",
     "fine_tune",
     "hold",
+    "inclusion",
     "kaiming_normal",
     "learning_rates",
     "masks_of",
+    "parameter_groups",
+    "probabilities_of",
     "random_masks",
+    "rates_of",
     "warm_cosine",
 ]

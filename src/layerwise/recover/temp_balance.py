@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import ConfigError, ModelError
+from ..plan import Plan, Train
 from ..scores import Look, layer_tail
 from ..structure import Layer, in_order, module_of, parameter_of, structure_of
 
@@ -112,6 +113,17 @@ class TempBalance:
                 notes.append(f"{layer.name}: {tail.note}")
         self.factors, self.notes = learning_rates(self.alphas, 1.0, self.low, self.high, self.map_by), tuple(notes)
         return self.alphas
+
+    def plan(self) -> Plan:
+        """The factors of the last `update` as a plan: `train: {rate: ...}` of each layer, beside its alpha. To look at, to compare over
+        epochs, or to train with as they are: `parameter_groups(model, lr, rates=rates_of(plan))`."""
+        settings = {"low": self.low, "high": self.high, "map_by": self.map_by}
+        return Plan(
+            method={"name": "temp-balance", **settings},
+            layers={name: Train(rate=factor) for name, factor in self.factors.items()},
+            scores=self.alphas,
+            notes=self.notes,
+        )
 
     def watch(self, optimizer: Optimizer) -> list[RemovableHandle]:
         """Multiply the learning rates for each step of this optimiser, until the handles are removed.

@@ -13,12 +13,15 @@ from ...settings import nearest
 from .. import options
 from ..given import CALIBRATION, check_png, refuse
 from ..inputs import DataChoice, ModelChoice, protocol_line
+from ..plan_tables import show_entries
 from ..planning import alphas_folder
+from ..running import show_notes
 from ..screen import Screen, table
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from ...plan import Plan
     from ...structure import Layer, Structure
     from ...tasks import Batches
 
@@ -28,6 +31,7 @@ def inspect(
     model: options.Model,
     layers: options.Layers = False,
     score: options.Score = None,
+    plan: options.ShownPlan = None,
     plot: options.Plot = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
@@ -46,8 +50,10 @@ def inspect(
 
     [dim]Example:[/]  layerwise inspect demo --layers --include '*.mlp.*'
     [dim]Scores:[/]  layerwise inspect demo --score outlier-ratio
+    [dim]A plan:[/]  layerwise inspect demo --plan plan.yaml
     [dim]Spectra:[/]  layerwise inspect demo --score alpha-hill --plot spectra.png
     """
+    from ...plan import Plan
     from ...scores import SCORES, WITHOUT_DATA
 
     if score is not None and score not in SCORES:
@@ -63,8 +69,10 @@ def inspect(
     screen = Screen(json=json, quiet=quiet)
     choice = ModelChoice(model, include=tuple(include or ()), exclude=tuple(exclude or ()), remote_code=remote_code)
     drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen) if reads else None
+    made = None if plan is None else Plan.load(plan)
     loaded = choice.load(screen)
     structure = choice.structure(loaded)
+    whole = structure if made is None else _checked(made, loaded)
     scores = _measured(score, loaded, drawn, structure, plot, screen) if score else {}
     zeros = _zeros(loaded, structure)
     chosen = sum(layer.size for layer in structure.layers)
@@ -77,11 +85,29 @@ def inspect(
     )
     if score:
         _show_scores(score, scores, structure, drawn, screen)
+    if made is not None:
+        screen.show("")
+        show_entries(made, whole, screen)
+        show_notes(made.notes, screen)
     if plot is not None:
         screen.show(escape(f"Spectra of the layers, and their fits: {plot}"))
-    screen.show_json(
-        {**_facts(model, loaded, structure, zeros), **({"score": score, "scores": scores} if scores else {})}
+    measured = {"score": score, "scores": scores} if scores else {}
+    planned = {} if made is None else {"plan": made.to_dict()}
+    screen.show_json({**_facts(model, loaded, structure, zeros), **measured, **planned})
+
+
+def _checked(made: "Plan", model: "nn.Module") -> "Structure":
+    """Every weight of the model, that a plan may name. Raises PlanError if it does not fit."""
+    from ...structure import structure_of
+
+    structure = structure_of(model, include=["*"])
+    made.check(
+        structure.layers,
+        blocks=[block.name for block in structure.blocks],
+        attentions=structure.attentions,
+        fingerprint=structure.fingerprint,
     )
+    return structure
 
 
 def _check_plot(plot: Path, score: str | None, force: bool) -> None:

@@ -7,14 +7,15 @@ import typer
 from rich.markup import escape
 
 from .. import options
-from ..cache_tables import show_cache, show_front
+from ..cache_tables import show_front
 from ..given import CALIBRATION, SHARING, check_png, refuse, refuse_existing
 from ..inputs import DataChoice, ModelChoice
-from ..plan_tables import show_plan
+from ..plan_tables import show_entries
 from ..planning import make_plan, record_of, tried_of
 from ..running import show_notes
 from ..screen import Screen
 from ..settings import MethodChoice
+from ..train_tables import trains
 
 if TYPE_CHECKING:
     from ...methods import KVSearch, Search
@@ -62,6 +63,7 @@ def plan(
     [dim]Whatever is best for one solver:[/]  layerwise plan demo --method auto --set solver=sparsegpt --minutes 5 -o plan.yaml
     [dim]Blocks of weights:[/]  layerwise plan MODEL --method lpvit --pattern block:16x16 --sparsity 0.4 --data IMAGES -o plan.yaml
     [dim]Bits of the KV cache:[/]  layerwise plan demo --method kvtuner --bits 4 --minutes 5 -o plan.yaml
+    [dim]Of training:[/]  layerwise plan demo --method owlore --set blocks=2 -o train.yaml
     [dim]After edits by hand:[/]  layerwise plan demo --edit plan.yaml --rebalance --keep '*.down_proj' -o plan2.yaml
     """
     screen = Screen(json=json, quiet=quiet)
@@ -95,12 +97,17 @@ def plan(
     if plot is not None:
         _draw(made, structure, plot, screen)
     if output is not None:
-        cached = any(entry.cache for entry in made.layers.values())
-        use = f"evaluate {model} --plan {output} --data TEXT" if cached else f"compress {model} --plan {output} -o OUT"
-        screen.show(
-            escape(f"\nWritten to {output}. {'Measure' if cached else 'Apply'} it: layerwise {use}"),
-        )
+        screen.show(escape(f"\nWritten to {output}. {_use(made, model, output)}"))
     screen.show_json({"output": None if output is None else str(output), "plan": made.to_dict(), **tried_of(search)})
+
+
+def _use(made: "Plan", model: str, output: Path) -> str:
+    """What comes next with this plan."""
+    if any(entry.cache for entry in made.layers.values()):
+        return f"Measure it: layerwise evaluate {model} --plan {output} --data TEXT"
+    if trains(made) and all(entry.model_fields_set == {"train"} for entry in made.layers.values()):
+        return "Train by it: method_from(**plan.method).sampling(model, plan), see examples/train_few_blocks.py"
+    return f"Apply it: layerwise compress {model} --plan {output} -o OUT"
 
 
 def _check_given(context: typer.Context, output: Path | None, edit: Path | None, rebalance: bool) -> None:
@@ -146,13 +153,9 @@ def _edited(path: Path, structure: "Structure", keep: list[str] | None) -> "Plan
 def _show(made: "Plan", structure: "Structure", search: "Search | KVSearch | None", screen: Screen) -> None:
     from ...methods import KVSearch
 
-    cached = any(entry.cache for entry in made.layers.values())
     if isinstance(search, KVSearch):
         show_front(search, screen)
-    if cached:
-        show_cache(made, screen)
-    if not cached or made.zeros(structure.layers) or any(entry.quantize for entry in made.layers.values()):
-        show_plan(made, structure, screen)
+    show_entries(made, structure, screen)
 
 
 def _draw(made: "Plan", structure: "Structure", path: Path, screen: Screen) -> None:
