@@ -75,3 +75,22 @@ def test_a_method_with_a_loss_takes_the_labels(here, capsys):
     plan[plan.index("images.npz")] = "bare.npz"
     assert main([*plan, "--force"]) == 2
     assert "needs labels" in capsys.readouterr().err
+
+
+def test_what_prepares_the_images_goes_with_the_model(here, capsys):
+    from transformers import ViTImageProcessor
+
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained("model")
+    compress = "compress model --data images.npz --samples 8 --method erk --solver wanda -o out --quiet"
+    assert main(compress.split()) == 0
+    hashes = []
+    for model in ("model", "out"):
+        capsys.readouterr()
+        assert main(["evaluate", model, "--data", "images.npz", "--json"]) == 0
+        hashes.append(json.loads(capsys.readouterr().out)["protocol"]["hash"])
+    assert hashes[0] == hashes[1]
+    np.savez("grey.npz", images=np.zeros((4, 8, 8, 1), dtype=np.uint8), labels=np.arange(4) % 3)
+    assert main(["evaluate", "out", "--data", "grey.npz"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "image processor does not take these images" in err

@@ -46,7 +46,7 @@ def test_layers_that_the_pattern_does_not_divide_are_named_or_left_dense():
         Uniform(pattern="2:4").plan(model)
     assert str(caught.value) == (
         'pattern 2:4 does not divide 5 of 10 layers (outputs x inputs): "0.down" (8 x 6), "1.down" (8 x 6), "2.down" (8 x 6),'
-        ' "3.down" (8 x 6) and 1 more. Exclude them (--exclude), or leave them dense: indivisible="dense".'
+        ' "3.down" (8 x 6) and 1 more. Exclude them (--exclude), or leave them dense: indivisible="dense" (--set indivisible=dense).'
     )
     plan = Uniform(pattern="2:4", indivisible="dense").plan(model)
     assert list(plan.layers) == ["0.up", "1.up", "2.up", "3.up", "4.up"]
@@ -79,3 +79,12 @@ def test_bad_patterns_get_one_clear_line(settings, message):
         Uniform(**settings)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_whole_blocks_make_of_the_budget_is_said():
+    model = MODELS["llama"]()
+    assert not Uniform(pattern="block(4x4)", sparsity=0.5).plan(model).notes
+    plan = Uniform(pattern="block(16x16)", sparsity=0.3).plan(model)
+    (note,) = plan.notes
+    assert f"{plan.budget.achieved:.2%} of the 30.00% asked for" in note
+    assert plan.budget.achieved != pytest.approx(0.3, abs=0.005)

@@ -58,8 +58,15 @@ class SavedReport:
             + (f", {self.before:,} before." if self.before is not None else "."),
             f"Zeros counted in the files: {self.zeros:,} of {self.values:,} values in matrices ({share}).",
         ]
-        if self.zeros and not self.packed and not self.factored and (self.before is None or self.bytes >= self.before):
+        if (
+            self.zeros
+            and not self.packed
+            and not self.factored
+            and (self.before is None or abs(self.bytes - self.before) <= 0.02 * self.before)
+        ):
             lines.append("Zeros do not shrink this format and do not speed up a stock engine: same bytes, same speed.")
+        if self.before is not None and self.bytes > 1.02 * self.before:
+            lines.append("Larger than before: what was packed there was read as dense numbers, and is saved so.")
         parts = [part for part in (self.packed, self.factored) if part is not None]
         return [*lines, *(line for part in parts for line in part.lines()), *self.notes]
 
@@ -84,6 +91,7 @@ def save(
     folder: str | Path,
     *,
     tokenizer: Any = None,
+    processor: Any = None,
     plan: Plan | None = None,
     result: Mapping[str, Any] | None = None,
     force: bool = False,
@@ -96,10 +104,11 @@ def save(
 ) -> Saved:
     """Write `model` to `folder`: a stock transformers or diffusers folder, or plain weights for a module of another class.
 
-    result: measured figures, plain values. inputs: forward arguments for the check (default: small fixed ones). dense: the folder of
-    the model before, to state its bytes. codes: layer -> codes of the weight that it has now; stored packed in their place
-    (compressed-tensors pack-quantized), or dense with a note where the format or `target` cannot hold them. factors: layer -> factors of
-    the weight that it has now, stored in its place; such a folder loads with `load` alone. So does that of a model with `ArmorLinear`s.
+    tokenizer, processor: saved beside the weights; a processor is what prepares images. result: measured figures, plain values. inputs:
+    forward arguments for the check (default: small fixed ones). dense: the folder of the model before, to state its bytes.
+    codes: layer -> codes of the weight that it has now; stored packed in their place (compressed-tensors pack-quantized), or dense
+    with a note where the format or `target` cannot hold them. factors: layer -> factors of the weight that it has now, stored in its
+    place; such a folder loads with `load` alone. So does that of a model with `ArmorLinear`s.
     Raises OutputError before anything is written (exists, no room, cannot be written), PlanError if `target` cannot run the codes'
     schemes, MissingExtra if they cannot be loaded back; SaveError if writing fails or the folder does not load back to the same model:
     then no folder appears.
@@ -125,8 +134,9 @@ def save(
             packing = pack_folder(partial, packing)
             check_schemes(packing.schemes, packing.linears, target)  # a layer less may part what is fused
             notes = (*notes, *packing.notes)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+        for beside in (tokenizer, processor):
+            if beside is not None:
+                beside.save_pretrained(partial)
         report = saved_report(partial, before=before, notes=notes)
         with in_factors(model, {name: every[name] for name in entry}):
             verified = _verified(model, partial, whole, loader, inputs, packing) if verify else None

@@ -117,5 +117,6 @@ def _indivisible(pattern: str, odd: Sequence[Layer], layers: int) -> str:
     more = f" and {len(odd) - 4} more" if len(odd) > 4 else ""
     return (
         f"no diagonal block of whole groups of {pattern} divides {len(odd)} of {layers} layers (outputs x inputs), or they are no"
-        f' linears of their own: {shown}{more}. Exclude them (--exclude), or leave them dense: indivisible="dense".'
+        f" linears of their own: {shown}{more}. Exclude them (--exclude), or leave them dense:"
+        ' indivisible="dense" (--set indivisible=dense).'
     )

@@ -116,7 +116,7 @@ def _indivisible(pattern: str, odd: Sequence[Layer], layers: int) -> str:
         return f"pattern {pattern} divides none of the {layers} layers: {shown}{more}. Use another pattern, or unstructured."
     return (
         f"pattern {pattern} does not divide {len(odd)} of {layers} layers (outputs x inputs): {shown}{more}."
-        ' Exclude them (--exclude), or leave them dense: indivisible="dense".'
+        ' Exclude them (--exclude), or leave them dense: indivisible="dense" (--set indivisible=dense).'
     )
 
 

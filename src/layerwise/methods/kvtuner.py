@@ -139,10 +139,10 @@ class KVTuner:
                 "KVTuner needs calibration data (--data), two batches or more: it searches on some and decides on the others."
             )
         seen, unseen = _parted(data)
-        place = opened(storage)  # its errors, before any work
         with undisturbed([model]):
             layers = layers_of(model, seen[0], self.treatment((2, 2)), self.nominal)
             self._check_budget(layers)
+            place = opened(storage)  # its errors before the work, but no file of a search that cannot be
             errors = measured_errors(model, first_samples(seen, self.prompts), layers, self.choices)
             space = space_of(errors, layers, self.eps, self.members, self.noise)
             uniform = [(pair,) * len(layers.names) for pair in layers.pairs(self.choices)]

@@ -3,6 +3,7 @@
 Unstructured, or in a pattern: n:m (n kept of every m consecutive inputs), row, column, block(rows×columns).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
@@ -12,10 +13,12 @@ from torch import nn
 from ..allocate import uniform
 from ..errors import ConfigError
 from ..plan import Plan, Prune
-from ..structure import Structure
+from ..structure import Layer, Structure
 from ..tasks.batches import Batches
 from .assemble import dividing, found, plan_of, plan_with, sizes_of
 from .base import check_sparsities
+
+NEAR = 0.005  # of the sparsity; what whole units of a pattern miss beyond it is said
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,22 @@ class Uniform:
             shares = uniform(sizes_of(structure), self._sparsity)
             return plan_of(self, model, structure, self._sparsity, shares)
         prune = Prune(sparsity=self._sparsity, pattern=self.pattern)
-        prunes = {layer.name: prune for layer in dividing(structure, prune, self.indivisible)}
-        return plan_with(self, model, structure, self._sparsity, prunes)
+        layers = dividing(structure, prune, self.indivisible)
+        prunes = {layer.name: prune for layer in layers}
+        return plan_with(self, model, structure, self._sparsity, prunes, notes=self._missed(prune, layers))
+
+    def _missed(self, prune: Prune, layers: Sequence[Layer]) -> list[str]:
+        """What whole rows, columns or blocks make of the budget, where that is not what was asked for."""
+        zeros = {layer.name: prune.zeros(layer.size, layer.rows, layer.columns) for layer in layers}
+        got = sum(zeros.values()) / max(1, sum(layer.size for layer in layers))
+        if abs(got - self._sparsity) <= NEAR:
+            return []
+        far = max(layers, key=lambda layer: abs(zeros[layer.name] / layer.size - self._sparsity))
+        share = zeros[far.name] / far.size
+        return [
+            f"whole units of {prune.pattern} make {got:.2%} of the {self._sparsity:.2%} asked for: each layer rounds to them, {far.name}"
+            f" to {share:.0%}. A smaller unit comes nearer."
+        ]
 
     @property
     def _sparsity(self) -> float:

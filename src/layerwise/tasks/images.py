@@ -154,7 +154,13 @@ def _pixels(
     arrays = [_open(picture) if isinstance(picture, Path) else picture for picture in pictures]
     if processor is not None:
         colour = [array if array.ndim == 3 else np.stack([array] * 3, axis=-1) for array in arrays]
-        return processor(images=colour, return_tensors="pt", input_data_format="channels_last")["pixel_values"].float()
+        try:
+            made = processor(images=colour, return_tensors="pt", input_data_format="channels_last")
+        except ValueError as error:
+            raise DataError(
+                f"{source}: the model's image processor does not take these images: {str(error).splitlines()[0]}"
+            ) from error
+        return made["pixel_values"].float()
     if len(shapes := {array.shape for array in arrays}) > 1:
         raise DataError(
             f"{source}: images of different sizes {sorted(shapes)[:3]}. Give an image processor that resizes them."

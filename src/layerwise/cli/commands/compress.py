@@ -188,7 +188,7 @@ class _Job:
     def save(self, output: Path, force: bool, result: "Result", screen: Screen) -> "Saved":
         """The folder, loaded back in a fresh process before it appears (streamed: read back shard by shard)."""
         from ...errors import ModelError
-        from ...io import load_tokenizer, save, save_whole_streamed
+        from ...io import load_image_processor, load_tokenizer, save, save_whole_streamed
 
         measured = {"sparsity": result.sparsity, "seconds": result.seconds, "calibration": result.data}
         if result.codes or result.factors:
@@ -209,7 +209,8 @@ class _Job:
                 tokenizer = load_tokenizer(self.choice.name, remote_code=self.choice.remote_code)
             except ModelError:  # not every model has one
                 tokenizer = None
-            return save(self.model, output, tokenizer=tokenizer, **more)
+            processor = load_image_processor(self.choice.name, remote_code=self.choice.remote_code)
+            return save(self.model, output, tokenizer=tokenizer, processor=processor, **more)
 
 
 def _show(job: _Job, result: "Result", saved: "Saved", search: "Search | KVSearch | None", screen: Screen) -> None:
@@ -225,8 +226,9 @@ def _show(job: _Job, result: "Result", saved: "Saved", search: "Search | KVSearc
         bits = f"{result.bits:.3f} bits per weight with scales and zeros, {result.nominal_bits:.3f} without"
         rows.add_row("quantized", f"{len(result.codes)} layers to {bits}; the whole model {result.model_bits:.3f}")
     if result.factors:
-        bits = f"{result.bits:.3f} bits per weight with positions and factors"
-        rows.add_row("factorized", f"{len(result.factors)} layers to {bits}; the whole model {result.model_bits:.3f}")
+        bits = f"{result.bits:.3f} bits per weight with positions and factors; the whole model {result.model_bits:.3f}"
+        said = f"multiplied out and saved dense; in factors they would take {bits}" if job.dense else f"to {bits}"
+        rows.add_row("factorized", f"{len(result.factors)} layers {said}")
     rows.add_row("method", f"{job.plan.method.get('name', 'plan')}, solver {job.solver.name}")
     if job.data is not None:
         rows.add_row("data", escape(protocol_line(job.data)))

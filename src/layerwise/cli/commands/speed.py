@@ -47,7 +47,7 @@ def speed(
         _check_tokens(choice, length)
     inputs = _images(choice, batch) if choice.sees else None
     loaded = choice.load(screen)
-    from ...io import packed_codes
+    from ...io import armor_linears, packed_codes
     from ...runtime import fastest
     from ...runtime.report import HEAD, cells
 
@@ -70,9 +70,11 @@ def speed(
         rows.add_row(*(escape(cell) for cell in cells(layer)), style="" if layer.form == "dense" else "green")
     dense, now = report.bytes
     how = ", ".join(f"{name} {value}" for name, value in report.protocol.items())
+    factored = len(armor_linears(loaded))
     screen.show(
         rows,
         f"\n{escape(report.summary())}",
+        f"{factored} layers are in factors (ARMOR): they run as they are, and were not timed." if factored else "",
         f"Weights of these layers in memory: {now:,} bytes instead of {dense:,}." if now != dense else "",
         f"[dim]measured with: {escape(how)}[/]",
     )
