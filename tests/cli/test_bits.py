@@ -148,3 +148,15 @@ def test_a_plan_of_the_cache_alone_speaks_of_no_sparsity(here, capsys):
     assert main("plan model --edit cache.yaml --plot cache.png".split()) == 0
     assert "nothing is drawn" in capsys.readouterr().err
     assert not (here / "cache.png").exists()
+
+
+def test_a_plan_of_the_cache_alone_needs_no_data(here, capsys, same_process):
+    (here / "cache.yaml").write_text(
+        "layerwise: 1\nlayers:\n  model.layers.0.self_attn: {cache: {key_bits: 4, value_bits: 4}}\n"
+    )
+    assert main("compress model --plan cache.yaml -o out".split()) == 0
+    out, _ = capsys.readouterr()
+    assert "pruned" not in out
+    assert "4" in out
+    assert main("plan model -o plan.txt".split()) == 2
+    assert "ends in .yaml or .json" in capsys.readouterr().err

@@ -15,10 +15,15 @@ if TYPE_CHECKING:
     from ..plan import Plan
     from ..solvers import Solver
 
-    Treatment = Literal["prune", "quantize", "factorize"]
+    Treatment = Literal["none", "prune", "quantize", "factorize"]
 
 DEFAULT_METHOD, FACTORIZER = "uniform", "armor"  # the second is a method and a solver
-DEFAULT_SOLVERS: "dict[Treatment, str]" = {"prune": "wanda", "quantize": "gptq", "factorize": FACTORIZER}
+DEFAULT_SOLVERS: "dict[Treatment, str]" = {
+    "none": "magnitude",
+    "prune": "wanda",
+    "quantize": "gptq",
+    "factorize": FACTORIZER,
+}
 
 
 @dataclass(frozen=True)
@@ -102,11 +107,11 @@ def _option_of(setting: str) -> str:
 
 
 def treatment_of(plan: "Plan") -> "Treatment":
-    """What a solver must do for this plan: what is furthest from pruning."""
-    for treatment in ("factorize", "quantize"):
+    """What a solver must do for this plan: what is furthest from pruning; nothing where weights stay as they are."""
+    for treatment in ("factorize", "quantize", "prune"):
         if any(getattr(one, treatment) for one in plan.layers.values()):
             return treatment
-    return "prune"
+    return "none"
 
 
 def solver_of(

@@ -219,7 +219,7 @@ def _show(job: _Job, result: "Result", saved: "Saved", search: "Search | KVSearc
     rows = table("", "", left=2)
     rows.show_header = False
     pruned = sum(layer.pruned for layer in result.layers)
-    if pruned or not (result.codes or result.factors):
+    if result.size and (pruned or not (result.codes or result.factors)):
         count = f"{result.zeros:,} of {result.size:,} weights ({result.sparsity:.4%}), {pruned} layers"
         rows.add_row("pruned", f"{count}; the plan keeps {result.kept:,} in other layers" if result.kept else count)
     if result.codes:

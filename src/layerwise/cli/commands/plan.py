@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.markup import escape
 
+from ...errors import OutputError
 from .. import options
 from ..cache_tables import show_front
 from ..given import CALIBRATION, SHARING, check_png, refuse, refuse_existing
@@ -67,6 +68,8 @@ def plan(
     [dim]After edits by hand:[/]  layerwise plan demo --edit plan.yaml --rebalance --keep '*.down_proj' -o plan2.yaml
     """
     screen = Screen(json=json, quiet=quiet)
+    if output is not None and output.suffix.lower() not in (".yaml", ".yml", ".json"):
+        raise OutputError(f'output "{output}": give a name that ends in .yaml or .json.')
     refuse_existing(output, force)
     check_png(plot, force)
     _check_given(context, output or plot, edit, rebalance)
