@@ -182,18 +182,18 @@ class Bench:
         return row
 
     def plan(self, cell: Cell) -> lw.Plan:
-        grid = {"group": self.options.group, "indivisible": "row"}
+        grid = self.grid(cell.solver)
         levels = f"2,{self.options.high}"
         if cell.order == "uniform 3":
             return lw.methods.UniformBits(bits=3, **grid).plan(self._model())
         if cell.order in ORDERS:
             method = lw.methods.LWQ(
-                bits=self.budget(cell.low), levels=levels, seed=cell.draw, **ORDERS[cell.order], **grid
+                bits=self.budget(cell.solver, cell.low), levels=levels, seed=cell.draw, **ORDERS[cell.order], **grid
             )
             return method.plan(self._model(), self.data())
         settings, three = MEASURED[cell.order]
         method = lw.methods.LeastError(
-            bits=self.budget(cell.low), levels=f"2,3,{self.options.high}" if three else levels, solver=cell.solver,
+            bits=self.budget(cell.solver, cell.low), levels=f"2,3,{self.options.high}" if three else levels, solver=cell.solver,
             **settings, **grid,
         )  # fmt: skip
         hand = dealt(method, method, self._model(), None)
@@ -201,9 +201,14 @@ class Bench:
             self._model(), hand, *self.errors(cell.solver, settings["measure"], settings["granularity"])
         )
 
-    def _budget(self, low: int) -> float:
+    def grid(self, solver: str) -> dict[str, Any]:
+        """Settings of every plan for this solver: symmetric grids, or HQQ's, whose zeros are any numbers and take 16 bits."""
+        free = solver == "hqq"
+        return {"group": self.options.group, "indivisible": "row", "symmetric": not free, "shift": free}
+
+    def _budget(self, solver: str, low: int) -> float:
         """True bits per weight with so many blocks at the low level; blocks of unequal size by the mean block."""
-        grid = {"group": self.options.group, "indivisible": "row"}
+        grid = self.grid(solver)
 
         def uniform(bits: int) -> float:
             return lw.methods.UniformBits(bits=bits, **grid).plan(self._model()).budget.achieved_bits
@@ -215,8 +220,8 @@ class Bench:
     def _errors(self, solver: str, measure: str, granularity: str) -> tuple[dict[str, dict[int, float]], list[str]]:
         """By unit, at all three levels: once for every budget and choice of levels."""
         method = lw.methods.LeastError(
-            bits=float(self.options.high), levels=f"2,3,{self.options.high}", nominal=True, group=self.options.group,
-            indivisible="row", solver=solver, measure=measure, granularity=granularity, samples=self.options.probes,
+            bits=float(self.options.high), levels=f"2,3,{self.options.high}", nominal=True,
+            **self.grid(solver), solver=solver, measure=measure, granularity=granularity, samples=self.options.probes,
         )  # fmt: skip
         return method.measured(self._model(), self.data(), dealt(method, method, self._model(), None))
 
@@ -231,7 +236,8 @@ def report(results: Lines, shown: dict[str, Bench], options: argparse.Namespace)
     yield (
         f"Protocol: {options.dtype}, losses in float32; {options.samples} x {options.length} calibration tokens, seed 0; perplexity on"
         f" up to {options.tokens} held-out tokens in windows of {options.length}; `random` is the mean ± standard deviation of"
-        f" {options.draws} orders. Levels {options.high} and 2, groups of {options.group}, whole zeros. Bits are true bits per weight of"
+        f" {options.draws} orders. Levels {options.high} and 2, groups of {options.group}, symmetric grids, for hqq zeros of 16 bits."
+        " Bits are true bits per weight of"
         " the blocks' matrices, scales and zeros counted, the same in a column. Errors of outputs, weighed by the loss's gradient, and"
         f" divergences of predictions, on {options.probes} samples, are measured with the solver of the table. Texts: README.md."
     )
@@ -265,7 +271,7 @@ def table(results: Lines, bench: Bench, solver: str) -> Iterator[str]:
         for order in ("uniform 3", *bench.freest)
     }
     said = "; ".join(f"{order}: {mean_deviation(rows)}" for order, rows in same.items())
-    yield from ["", f"All with the {bench.budget(AS_UNIFORM):.3f} true bits of 3 everywhere: {said}."]
+    yield from ["", f"All with the {bench.budget(solver, AS_UNIFORM):.3f} true bits of 3 everywhere: {said}."]
 
 
 if __name__ == "__main__":

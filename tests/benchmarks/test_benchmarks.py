@@ -203,13 +203,13 @@ def test_every_order_has_the_bits_of_its_column(tmp_path, monkeypatch):
     assert [cell.low for cell in cells if cell.order == "random"] == [2, 2]
     assert {cell.order for cell in cells if cell.low == 0} == {"dense", "lim"}
     true = {cell: bench.plan(cell).budget.achieved_bits for cell in cells if cell.order != "dense"}
-    half = bench.budget(2)
-    assert half == pytest.approx((bench.budget(0) + bench.budget(4)) / 2)
+    half = bench.budget("rounding", 2)
+    assert half == pytest.approx((bench.budget("rounding", 0) + bench.budget("rounding", 4)) / 2)
     for cell, bits in true.items():
         if cell.order in layerwise_bits.ORDERS:
-            assert bits == pytest.approx(bench.budget(cell.low))
+            assert bits == pytest.approx(bench.budget(cell.solver, cell.low))
         else:
-            assert bench.budget(cell.low) - 0.3 < bits <= bench.budget(cell.low) + 1e-9
+            assert bench.budget(cell.solver, cell.low) - 0.3 < bits <= bench.budget(cell.solver, cell.low) + 1e-9
     results = Lines(tmp_path / "cells.jsonl")
     for number, cell in enumerate(cells):
         results.add(bench.key(cell), {"bits": true.get(cell, 32.0), "perplexity": 10.0 + number})
