@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,7 +26,7 @@ class Sized:
 
 def test_the_digits_by_hand():
     """4 x 6 in blocks of 2 x 2: two rows of three, 101 / 110 -> 1011 10(00)."""
-    assert kept_text([True, False, True, True, True, False]) == "b8"
+    assert kept_text([True, False, True, True, True, False]) == "xb8"
     prune = Prune(sparsity=2 / 6, pattern="block:2x2", kept="b8")
     assert prune.pattern == "block(2x2)"
     assert prune.blocks_kept(6) == [True, False, True, True, True, False]
@@ -39,14 +40,29 @@ def test_the_digits_by_hand():
 @given(st.lists(st.booleans(), min_size=1, max_size=70))
 def test_digits_come_back(keep):
     text = kept_text(keep)
-    assert len(text) == -(-len(keep) // 4)
+    assert len(text) == 1 + -(-len(keep) // 4)
     prune = Prune(sparsity=keep.count(False) / len(keep), pattern="block(1x1)", kept=text)
     assert prune.blocks_kept(len(keep)) == keep
     assert prune.zeros(len(keep), 1, len(keep)) == keep.count(False)
     plan = Plan(layers={"a": prune})
     assert Plan.from_text(plan.to_yaml()) == plan
     assert Plan.from_text(plan.to_json(), "p.json") == plan
+    again = yaml.safe_dump(yaml.safe_load(plan.to_yaml()))  # under YAML 1.1, whose numbers are others than ours
+    assert Plan.from_text(again) == plan
     plan.check([Sized("a", len(keep), 1, len(keep))])
+
+
+@pytest.mark.parametrize("digits", ["0080", "80", "1e3", "b8"])
+def test_digits_are_no_number_to_any_reader(digits):
+    """PyYAML writes 0080 without quotes, which is the number 80 in YAML 1.2."""
+    keep = [one == "1" for one in format(int(digits, 16), f"0{4 * len(digits)}b")]
+    plan = Plan(layers={"a": Prune(sparsity=keep.count(False) / len(keep), pattern="block(1x1)", kept=kept_text(keep))})
+    again = Plan.from_text(yaml.safe_dump(yaml.safe_load(plan.to_yaml())))
+    assert again == plan
+    assert again.layers["a"].prune.blocks_kept(len(keep)) == keep
+    bare = Prune(sparsity=keep.count(False) / len(keep), pattern="block(1x1)", kept=digits)
+    assert bare == plan.layers["a"].prune
+    assert bare.kept == f"x{digits}"
 
 
 def test_matrices_get_their_own_blocks():
@@ -60,8 +76,9 @@ def test_matrices_get_their_own_blocks():
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ("{sparsity: 0.5, pattern: block(2x2), kept: xyz}", "give the kept blocks as hexadecimal digits"),
-        ("{sparsity: 0.5, kept: ff}", "kept names blocks, and pattern unstructured has none"),
+        ("{sparsity: 0.5, pattern: block(2x2), kept: xyz}", "give the kept blocks as x and hexadecimal digits"),
+        ("{sparsity: 0.5, pattern: block(2x2), kept: x}", "give the kept blocks as x and hexadecimal digits"),
+        ("{sparsity: 0.5, kept: xff}", "kept names blocks, and pattern unstructured has none"),
         ("{sparsity: 0.5, pattern: 'block:0x2'}", "write unstructured, row, column"),
     ],
 )

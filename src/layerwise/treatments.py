@@ -59,7 +59,7 @@ class Prune(Record):
     pattern: str = Field(default="unstructured", description=_PATTERNS)
     kept: str | None = Field(
         default=None,
-        description="give the kept blocks as hexadecimal digits, four blocks a digit, row by row (1 = kept), or leave it to the solver",
+        description="give the kept blocks as x and hexadecimal digits, four blocks a digit, row by row (1 = kept), or leave it out",
     )
 
     @field_validator("pattern")
@@ -77,9 +77,10 @@ class Prune(Record):
     @field_validator("kept", mode="before")
     @classmethod
     def _digits(cls, kept: Any) -> Any:
-        if kept is not None and not (isinstance(kept, str) and re.fullmatch(r"[0-9a-f]+", kept)):
+        """With the x, which no reader of YAML takes for a number; a plan may leave it out."""
+        if kept is not None and not (isinstance(kept, str) and re.fullmatch(r"x?[0-9a-f]+", kept)):
             raise ValueError("not hexadecimal digits")
-        return kept
+        return kept if kept is None else f"x{kept.removeprefix('x')}"
 
     @model_validator(mode="after")
     def _agrees(self) -> "Prune":
@@ -108,7 +109,7 @@ class Prune(Record):
         """Which of so many blocks are kept, matrix after matrix, row by row; None where the solver chooses."""
         if self.kept is None:
             return None
-        return [digit == "1" for digit in format(int(self.kept, 16), f"0{4 * len(self.kept)}b")[:blocks]]
+        return [digit == "1" for digit in format(int(self.kept[1:], 16), f"0{4 * len(self.kept) - 4}b")[:blocks]]
 
     def unit(self, rows: int, columns: int) -> int:
         """How many weights of a (rows, columns) matrix go together: 1, a row, a column, a block."""
@@ -122,7 +123,7 @@ class Prune(Record):
             return size // nm[1] * (nm[1] - nm[0])
         unit = self.unit(rows, columns)
         if self.kept is not None:
-            return (size // unit - int(self.kept, 16).bit_count()) * unit
+            return (size // unit - int(self.kept[1:], 16).bit_count()) * unit
         return round(self.sparsity * (size // unit)) * unit
 
 
@@ -326,11 +327,11 @@ def kept_text(keep: Iterable[bool]) -> str:
     """What `Prune.kept` says of these blocks; the last digit is filled up with zeros."""
     digits = "".join("1" if one else "0" for one in keep)
     width = -(-len(digits) // 4)
-    return format(int(digits.ljust(4 * width, "0") or "0", 2), f"0{width}x")
+    return "x" + format(int(digits.ljust(4 * width, "0") or "0", 2), f"0{width}x")
 
 
 def _wrong_blocks(prune: Prune, blocks: int) -> list[str]:
-    kept = prune.kept or ""
+    kept = (prune.kept or "")[1:]
     if len(kept) != -(-blocks // 4) or int(kept, 16) % (1 << (4 * len(kept) - blocks)):
         return [f"kept has {len(kept)} digits; {blocks} blocks take {-(-blocks // 4)}, the last filled up with zeros."]
     gone = blocks - int(kept, 16).bit_count()

@@ -166,3 +166,28 @@ def test_bad_numbers_are_refused():
         hull_counts({"a": [0, 1]}, {"a": -1.0}, 1)
     with pytest.raises(ConfigError, match='a unit of "a" is worth 0'):
         hull_counts({"a": [0, 1]}, {"a": 1.0}, 1, worth={"a": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "limits", "words"),
+    [
+        (float("nan"), {}, "wanted=nan: give a finite number"),
+        (float("inf"), {}, "wanted=inf: give a finite number"),
+        (1, {"high": {"a": 3}}, '"a" has 2 units, of which 0 to 3 may go'),
+        (0, {"low": {"a": -1}}, '"a" has 2 units, of which -1 to 2 may go'),
+        (0, {"low": {"a": 2}, "high": {"a": 1}}, '"a" has 2 units, of which 2 to 1 may go'),
+    ],
+)
+def test_bad_bounds_are_refused(wanted, limits, words):
+    with pytest.raises(ConfigError, match=words):
+        hull_counts({"a": [0, 1, 2]}, {"a": 1.0}, wanted, **limits)
+
+
+def test_equal_slopes_count_whole_blocks():
+    """Of 5 blocks a half rounds to 2 or 3, off the budget by 10 %: the curve's hundredths alone would call that met."""
+    curves, costs = dict.fromkeys("ab", quadratics(100)["a"]), {"a": 1.0, "b": 1.0}
+    assert equal_slope(curves, costs, 0.5) == pytest.approx({"a": 0.5, "b": 0.5}, abs=0.02)
+    with pytest.raises(BudgetError, match="equal slopes keep"):
+        equal_slope(curves, costs, 0.5, blocks={"a": 5, "b": 5})
+    gone = equal_slope(curves, costs, 0.4, blocks={"a": 5, "b": 5})
+    assert all(round(5 * (1 - one)) == 2 for one in gone.values())

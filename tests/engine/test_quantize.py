@@ -186,6 +186,7 @@ def test_what_a_plan_says_of_the_cache_is_left_to_who_runs_the_model():
         (GPTQ(), Quantize(bits=4, group=7), "do not split into quantization groups of 7"),
         (HQQ(), Quantize(bits=4, group=8, symmetric=True), "moves the zero, which a symmetric grid fixes"),
         (GPTQ(), Prune(sparsity=0.5, pattern="row"), '"gptq" prunes unstructured and n:m alone, not in the pattern'),
+        (GPTQ(), Prune(sparsity=0.5, pattern="row"), '"magnitude", "wanda", "sparsegpt", "nowag" and "random" do'),
     ],
 )
 def test_what_a_solver_cannot_do_is_refused_before_any_work(solver, layer, message):

@@ -122,7 +122,7 @@ def test_a_budget_that_takes_nothing_leaves_every_bit(solver):
         model.blocks[0].mlp.fc1.weight[0, 0] = -0.0
     before = copy.deepcopy(model.state_dict())
     plan = LPViT(sparsity=0.0, pattern=BLOCK).plan(model, data)
-    assert all(set(entry.prune.kept) == {"f"} for entry in plan.layers.values())
+    assert all(set(entry.prune.kept) == {"x", "f"} for entry in plan.layers.values())
     compress(model, plan, solver=solver, data=data)
     for key, value in model.state_dict().items():
         assert torch.equal(value.view(torch.int32), before[key].view(torch.int32))
@@ -195,6 +195,27 @@ def test_reference_is_the_official_rule():
     powered = LPViT(sparsity=0.5, pattern=BLOCK, reference=True, energy=1.0).plan(model, data)
     assert powered.layers != plan.layers
     assert LPViT(sparsity=0.5, pattern=BLOCK).plan(model, data).layers != plan.layers
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sparsity"), [("block(8x8)", 0.5), ("block(16x16)", 0.6), ("block(32x32)", 0.3), ("block(16x32)", 0.6)]
+)
+def test_reference_keeps_its_budget_in_whole_blocks(pattern, sparsity):
+    model = MODELS["timm_vit"]()
+    data, structure = data_for("timm_vit", model), structure_of(MODELS["timm_vit"]())
+    plan = LPViT(sparsity=sparsity, pattern=pattern, reference=True, indivisible="dense").plan(model, data)
+    each = costs_for(model, data, structure).each("macs")
+    macs = {layer.name: each[layer.name] * layer.size for layer in structure if layer.name in plan.layers}
+    kept = sum(macs[name] * (1 - layer.prune.sparsity) for name, layer in plan.layers.items())
+    assert kept / sum(macs.values()) == pytest.approx(1 - sparsity, abs=0.02 + 1e-9)
+
+
+def test_a_reference_budget_that_blocks_are_too_large_for_is_said():
+    model = MODELS["timm_vit"]()
+    with pytest.raises(BudgetError, match=r"equal slopes keep .* take smaller blocks"):
+        LPViT(sparsity=0.6, pattern="block(32x32)", reference=True, indivisible="dense").plan(
+            model, data_for("timm_vit", model)
+        )
 
 
 def test_losses_with_and_without_labels():

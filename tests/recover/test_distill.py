@@ -148,6 +148,9 @@ def test_bad_runs_are_said():
         fine_tune(model, [], optimizer)
     with pytest.raises(ConfigError, match="epochs=0"):
         fine_tune(model, data, optimizer, epochs=0)
+    for clip in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=f"clip={clip:g}: give a finite norm above 0"):
+            fine_tune(model, data, optimizer, clip=clip)
     with pytest.raises(ConfigError, match="float16 weights"):
         fine_tune(MODELS["timm_vit"]().half(), data, optimizer)
     before = copy.deepcopy(model.state_dict())

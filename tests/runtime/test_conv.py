@@ -62,3 +62,14 @@ def test_what_it_stores():
     assert made.bytes == (3 * 3 * 9 + 3) * 8
     with pytest.raises(AttributeError):
         _ = made.missing
+
+
+def test_under_autocast_it_computes_in_its_own_dtype():
+    conv = pruned(6, 4, {1, 4}, {2})
+    x = torch.randn(2, 4, 5, 5, dtype=conv.weight.dtype)
+    conv, x = conv.float(), x.float()
+    narrow = NarrowConv2d(conv)
+    alone = narrow(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(narrow(x), alone.bfloat16())
+        assert conv(x).dtype == torch.bfloat16

@@ -276,6 +276,113 @@ def test_layers_that_cannot_be_replaced_say_why(say):
     torch.testing.assert_close(fast(x), net(x), rtol=1e-5, atol=1e-6)
 
 
+def test_a_forward_that_was_set_by_hand_is_kept(say):
+    """As accelerate's add_hook_to_module leaves a module."""
+    say({"csr": 2.0})
+    net = sparse(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    own = net[0].forward
+    net[0].forward = lambda x: own(x) + 1
+    fast, report = lw.fastest(net, torch.randn(2, 8))
+    assert (report.layers[0].form, report.layers[0].why) == (
+        "dense",
+        "its forward was set by hand, which would be lost",
+    )
+    assert report.layers[1].form == "csr"
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(fast(x), net(x), rtol=1e-5, atol=1e-6)
+
+
+class Mixed(nn.Module):
+    """A layer as it is, then one under autocast."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain, self.cast = sparse(nn.Linear(32, 32)), sparse(nn.Linear(32, 32))
+
+    def forward(self, x):
+        x = self.plain(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.cast(self.cast(x)).float()
+
+
+def test_a_layer_under_autocast_stays_dense(say):
+    say({"csr": 2.0})
+    net, x = Mixed(), torch.randn(3, 32)
+    fast, report = lw.fastest(net, x)
+    assert [layer.form for layer in report.layers] == ["csr", "dense"]
+    assert report.layers[1].why == "it runs under autocast, and forms compute in float32: cast the model instead"
+    torch.testing.assert_close(fast(x), net(x), rtol=1e-2, atol=1e-2)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, report = lw.fastest(net, x)
+    assert report.forms == {"dense": 2}
+
+
+def test_a_layer_whose_inputs_have_another_dtype_stays_dense(say, monkeypatch):
+    say({"csr": 2.0})
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: F.linear(x.to(self.weight.dtype), self.weight, self.bias))
+    _, report = lw.fastest(sparse(nn.Linear(32, 32)), torch.randn(2, 32).bfloat16())
+    assert report.layers[0].why == "its inputs are bfloat16, its weight is float32"
+
+
+@pytest.mark.parametrize("form", ["narrow", "csr", "bsr", "gather"])
+def test_a_fast_model_runs_under_autocast(say, form):
+    say({form: 2.0})
+    model, ids = llama(), torch.arange(3, 15)[None]
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight.data[16:] = 0
+    fast, report = lw.fastest(model)
+    assert report.forms.get(form)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got, dense = fast(ids).logits, model(ids).logits
+        assert got.dtype == dense.dtype
+        torch.testing.assert_close(got, dense, rtol=0.1, atol=0.02)
+        assert fast.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 15)
+
+
+def test_a_pass_that_fails_with_the_forms_leaves_the_model_dense(say):
+    say({"csr": 2.0})
+
+    class Looks(nn.Sequential):
+        def forward(self, x):
+            if not isinstance(self[0], nn.Linear):
+                raise TypeError("a linear, please")
+            return self[0](x)
+
+    fast, report = lw.fastest(Looks(sparse(nn.Linear(32, 32))), torch.randn(2, 32))
+    assert report.forms == {"dense": 1}
+    assert report.why == "All dense: with these forms the model does not run (TypeError: a linear, please)."
+    assert type(fast[0]) is nn.Linear
+
+
+def test_a_layer_that_does_not_run_by_itself_stays_dense(say, monkeypatch):
+    say({"csr": 2.0})
+    net, shown, own = nn.Sequential(sparse(nn.Linear(32, 32))), torch.randn(2, 32), nn.Linear.forward
+
+    def fussy(self, x):
+        if not torch.equal(x, shown):
+            raise RuntimeError("not these\nnumbers")
+        return own(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", fussy)
+    _, report = lw.fastest(net, shown)
+    assert report.layers[0].why == "it does not run by itself (RuntimeError: not these)"
+
+
+def test_a_tied_head_may_be_tied_again(say):
+    say({"csr": 2.0})
+    model, ids = llama(tie_word_embeddings=True), torch.arange(3, 15)[None]
+    model.model.embed_tokens.weight.data[::2] = 0
+    fast, _ = lw.fastest(model)
+    assert isinstance(fast.lm_head, CsrLinear)
+    before = fast(ids).logits
+    fast.tie_weights()
+    assert isinstance(fast.lm_head, CsrLinear)
+    assert torch.equal(fast(ids).logits, before)
+    fast.model.embed_tokens.weight = nn.Parameter(2 * fast.model.embed_tokens.weight.detach())
+    with pytest.raises(ModelError, match="CsrLinear was made for another weight"):
+        fast.tie_weights()
+
+
 def test_a_weight_that_a_model_looks_at(say):
     say({"csr": 2.0})
     net = sparse(Odd())

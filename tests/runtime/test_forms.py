@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from layerwise.errors import ModelError, ShapeError
-from layerwise.runtime import BsrLinear, CsrLinear, GatherLinear, NarrowLinear, TwoFourLinear, zeros_of
+from layerwise.runtime import BsrLinear, CsrLinear, GatherLinear, Int8Linear, NarrowLinear, TwoFourLinear, zeros_of
 from layerwise.runtime.candidates import why_not_two_four
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse")
@@ -166,6 +166,39 @@ def test_a_form_is_saved_as_the_layer_that_it_stands_for():
         assert list(state) == ["0.weight", "0.bias"]
         assert torch.equal(state["0.weight"], weight)
         assert torch.equal(copy.deepcopy(form(weight, bias)).weight, weight)
+
+
+@pytest.mark.parametrize("form", [*FORMS, Int8Linear])
+@pytest.mark.parametrize("batch", [1, 33])
+@pytest.mark.parametrize("bias", [None, torch.randn(32)])
+def test_under_autocast_it_computes_in_its_own_dtype_and_gives_that_of_a_linear(form, batch, bias):
+    weight = blocky(32, 64, 16, 16, 0.5)
+    weight[16:] = 0
+    made, linear = form(weight, bias), nn.Linear(64, 32, bias=bias is not None)
+    x = torch.randn(batch, 64)
+    alone = made(x)
+    linear.weight.data = weight
+    with torch.autocast("cpu", torch.bfloat16):
+        got = made(x)
+        assert got.dtype == linear(x).dtype == torch.bfloat16
+        assert torch.equal(made(x.bfloat16()), made(x.bfloat16().float()))
+    assert torch.equal(got, alone.bfloat16())
+    wide = form(weight.double(), None)
+    if form is not Int8Linear:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert wide(x.double()).dtype == torch.float64
+
+
+def test_a_weight_that_is_set_must_be_the_one_that_there_is():
+    weight = blocky(8, 12, 4, 1, 0.4)
+    for form in FORMS:
+        made = form(weight, None)
+        made.weight = nn.Parameter(weight.clone())
+        assert torch.equal(made.weight, weight)
+        assert not list(made.parameters())
+        for wrong in (nn.Parameter(2 * weight), nn.Parameter(weight[:4]), None):
+            with pytest.raises(ModelError, match=f"{form.__name__} was made for another weight"):
+                made.weight = wrong
 
 
 def test_no_gradient_is_kept():

@@ -329,6 +329,14 @@ def test_factors_that_contradict_each_other_are_refused():
         Factors(**{**parts, "left": parts["left"][:, :3]}, n=2, m=4)
 
 
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_layer_of_zeros_stays_zero(reference):
+    weight, power = toy(32, 0, torch.float64)
+    fit = ARMOR(reference=reference, iterations=3).fit(target_of(0 * weight, power, 16), torch.Generator())
+    assert fit.losses[0] == 0
+    assert not fit.state.core.any()
+
+
 @pytest.mark.slow
 def test_the_specification_s_toy_in_its_own_size():
     """At d = 256, b = 32: the losses after 10, 30 and 100 iterations, and Adam's, within a tenth of what the notes say of its ordering."""

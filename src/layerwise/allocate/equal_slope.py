@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ..errors import BudgetError, ConfigError
+from ..scores.block_taylor import kept_count
 
 
 def smoothed(curve: Sequence[float], weight: float) -> list[float]:
@@ -52,12 +53,14 @@ def equal_slope(
     power: Mapping[str, float] | None = None,
     beta: float | None = None,
     survivors: bool = False,
+    blocks: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
     """Name -> fraction pruned, where the layer's slope is nearest to one for all; costs kept: `kept` of all, within `tolerance`.
 
     curves: distortion at m fractions from 0 to 1 in equal steps. costs: of each layer whole. power: of each layer whole; beta times
     what is pruned of it is added to the distortion, or with `survivors` times what is left. beta: None takes the official one, the mean of
-    the steepest slopes over that of the powers. Raises BudgetError where no slope comes within the tolerance.
+    the steepest slopes over that of the powers. blocks: how many each layer has; what is kept then counts in whole ones, as
+    `scores.taylor_keep` takes them. Raises BudgetError where no slope comes within the tolerance.
     """
     step = {name: 1 / (len(curve) - 1) for name, curve in curves.items()}
     if power is not None:
@@ -80,15 +83,18 @@ def equal_slope(
             found[name] = min(index * step[name], most)
         return found
 
+    def left(name: str, gone: float) -> float:
+        return 1 - gone if blocks is None else kept_count(gone, blocks[name]) / blocks[name]
+
     low, high, best = -100.0, 100.0, at(2.0**-100)
     for _ in range(40):
         middle = (low + high) / 2
         best = at(2.0**middle)
-        got = math.fsum(costs[name] * (1 - gone) for name, gone in best.items()) / total
+        got = math.fsum(costs[name] * left(name, gone) for name, gone in best.items()) / total
         if abs(got - kept) <= tolerance:
             return best
         low, high = (middle, high) if got > kept else (low, middle)
     raise BudgetError(
-        f"equal slopes keep {got:.1%} of the cost, the target is {kept:.1%} within {tolerance:.1%}. Ask for less, or take hulls"
-        " (reference=false)."
+        f"equal slopes keep {got:.1%} of the cost, the target is {kept:.1%} within {tolerance:.1%}. Ask for less, take smaller blocks,"
+        " or hulls (reference=false)."
     )

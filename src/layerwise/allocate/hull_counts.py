@@ -34,8 +34,11 @@ def hull_counts(
     worth = saves if worth is None else worth
     names = [name for name in curves if saves[name] > 0]
     _check(curves, saves, worth)
+    if not math.isfinite(wanted):
+        raise ConfigError(f"hull_counts: wanted={wanted}: give a finite number, what is to be saved.")
     least = {name: low[name] if low else 0 for name in curves}
-    most = {name: (high[name] if high else len(curves[name]) - 1) if name in names else least[name] for name in curves}
+    most = {name: high[name] if high else len(curves[name]) - 1 for name in curves}
+    _check_bounds(curves, least, most)
     rising = {name: _running_maximum(curves[name]) for name in names}
     counts = {name: least[name] if name in names else 0 for name in curves}
     room = math.fsum(saves[name] * most[name] for name in names)
@@ -116,6 +119,15 @@ def _running_maximum(curve: Sequence[float]) -> list[float]:
         highest = max(highest, value)
         found.append(highest)
     return found
+
+
+def _check_bounds(curves: Curves, least: Mapping[str, int], most: Mapping[str, int]) -> None:
+    for name, curve in curves.items():
+        if not 0 <= least[name] <= most[name] < len(curve):
+            raise ConfigError(
+                f'hull_counts: "{name}" has {len(curve) - 1} units, of which {least[name]} to {most[name]} may go: give'
+                " 0 <= low <= high, and no more than there are."
+            )
 
 
 def _check(curves: Curves, saves: Mapping[str, float], worth: Mapping[str, float]) -> None:

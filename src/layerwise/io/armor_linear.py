@@ -21,6 +21,8 @@ class ArmorLinear(nn.Module):
 
     Parameters left, values, right and bias, buffer bits: see `Factors`. They can be trained; which entries are kept stays. `sparse`: False
     keeps the core dense also where a sparse kernel would run it (`fastest_cores`).
+    The core is put together once and kept: after values changed through `.data`, which PyTorch does not count, it is the old one. Change
+    them under `torch.no_grad()` instead.
     """
 
     sparse: bool = True

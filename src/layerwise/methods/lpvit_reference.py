@@ -1,6 +1,7 @@
 """LPViT as its code decides: one averaged gradient, smoothed curves, equal slopes (see `lpvit` and `allocate.equal_slope`).
 
-Defaults are those of the code: 100 steps, smoothing 0.5, stencil of half-width 4, at least 5 % of each layer kept, the budget within 2 %.
+Defaults are those of the code: 100 steps, smoothing 0.5, stencil of half-width 4, at least 5 % of each layer kept, the budget within 2 %,
+counted in the whole blocks that stay (in the code in hundredths of each layer, which small layers cannot keep).
 """
 
 from collections.abc import Sequence
@@ -63,6 +64,7 @@ def reference_plan(
         min_kept=MIN_KEPT,
         tolerance=TOLERANCE,
         power=power if method.energy > 0 else None,
+        blocks=costs.blocks,
     )
     prunes = {}
     for name, fraction in gone.items():

@@ -38,14 +38,17 @@ def fine_tune(
     """Train in place; returns the mean loss of each epoch.
 
     keep: masks to hold (`masks_of`, a method's `keep`); None: none. schedule: stepped after every batch. clip: largest norm of all
-    gradients. Batches come in an order drawn anew each epoch. seed: of that order, of `augment`, and of what the model draws
+    gradients, above 0. Batches come in an order drawn anew each epoch. seed: of that order, of `augment`, and of what the model draws
     (dropout): global random streams and the mode of the model are what they were afterwards. progress: (steps done, steps).
-    Raises TrainError for a loss that is not finite, ConfigError for float16 weights, which lose small steps, DataError without batches.
+    Raises TrainError for a loss that is not finite, ConfigError for bad settings and float16 weights, which lose small steps,
+    DataError without batches.
     """
     if not len(data):
         raise DataError("fine_tune needs at least one batch.")
     if epochs < 1:
         raise ConfigError(f"fine_tune: epochs={epochs}: give at least 1.")
+    if clip is not None and not 0 < clip < math.inf:
+        raise ConfigError(f"fine_tune: clip={clip:g}: give a finite norm above 0, or None.")
     if any(one.dtype == torch.float16 for one in model.parameters()):
         raise ConfigError("fine_tune: float16 weights lose small steps. Load the model in float32 or bfloat16.")
     modes, streams = [(module, module.training) for module in model.modules()], random_streams()

@@ -23,7 +23,7 @@ from .forms import Form
 from .judging import Decided, judged
 from .layers import Seen, head_of, inputs_of, seen_in_a_pass
 from .outputs import layer_limit, relative_error
-from .report import LayerSpeed, SpeedReport
+from .report import LayerSpeed, SpeedReport, line_of
 from .timing import MARGIN, Run, Timed, race
 
 WHOLE = 10  # times what the race of a layer may take, for that of the model
@@ -56,6 +56,7 @@ def fastest(
 
     The result is for inference, on this device and in this dtype; its modules know no gradients. Outputs equal those of the dense model
     within the rounding of the dtype, or the model is left dense.
+    `inputs` go through the model many times: hooks that it has as a whole are called each time. A layer with hooks of its own stays dense.
     Raises ModelError (weights not finite or not in memory; it is not known what the model takes), SelectionError (a glob that
     matches nothing), ConfigError.
     """
@@ -77,8 +78,8 @@ def fastest(
             if progress is not None:
                 progress(done, len(layers), layer.name)
             reason = "excluded" if layer.name in stay else layer.why_not()
-            if reason is None and not layer.rows:
-                reason = "the pass did not call it"
+            if reason is None:
+                reason = layer.mixed() if layer.rows else "the pass did not call it"
             if reason is not None:
                 decided.append(Decided(layer, replace(_dense(layer), why=reason), None))
                 continue
@@ -126,7 +127,11 @@ def _decide(layer: Seen, found: Candidates, margin: float, seconds: float, size:
         why = "no zeros" if found.density == 1 else f"{found.density:.0%} kept: no form for that"
         return Decided(layer, replace(dense, why=why), None)
     x = layer.input()
-    built, errors, failed = _built(found, layer, x)
+    try:
+        exact = layer.module(x)
+    except Exception as error:
+        return Decided(layer, replace(dense, why=f"it does not run by itself ({line_of(error)})"), None)
+    built, errors, failed = _built(found, layer, x, exact)
     dense = replace(dense, refused={**found.refused, **failed})
     if not built:
         why = "; ".join(f"{name} {reason}" for name, reason in failed.items())
@@ -172,9 +177,11 @@ def _dense(layer: Seen) -> LayerSpeed:
     )  # fmt: skip
 
 
-def _built(found: Candidates, layer: Seen, x: Tensor) -> tuple[dict[str, Form], dict[str, float], dict[str, str]]:
+def _built(
+    found: Candidates, layer: Seen, x: Tensor, exact: Tensor
+) -> tuple[dict[str, Form], dict[str, float], dict[str, str]]:
     """Forms that work here and equal the dense layer, with their errors; and why the others do not."""
-    exact, turned = layer.module(x), layer.kind == "conv1d"
+    turned = layer.kind == "conv1d"
     built: dict[str, Form] = {}
     errors: dict[str, float] = {}
     failed: dict[str, str] = {}
@@ -184,7 +191,7 @@ def _built(found: Candidates, layer: Seen, x: Tensor) -> tuple[dict[str, Form], 
             form.turned = turned
             errors[name] = relative_error(form(x), exact)
         except Exception as error:  # kernels refuse in many ways: no compiler, no such dtype, no memory
-            failed[name] = f"cannot run here ({_line(error)})"
+            failed[name] = f"cannot run here ({line_of(error)})"
             continue
         limit = layer_limit(name, exact.dtype)
         if errors[name] <= limit:
@@ -192,8 +199,3 @@ def _built(found: Candidates, layer: Seen, x: Tensor) -> tuple[dict[str, Form], 
         else:
             failed[name] = f"its outputs differ by {errors[name]:.2g}, more than {limit:.2g}"
     return built, errors, failed
-
-
-def _line(error: Exception) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text[:120]}".rstrip(": ")

@@ -47,8 +47,7 @@ class NarrowConv2d(Form):
         # not as a submodule: what walks over the model's layers should not find it
         self.small = (small,)
 
-    @torch.no_grad()
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (as torch's own modules call it)
+    def applied(self, input: Tensor) -> Tensor:  # noqa: A002  (as torch's own modules call it)
         return self.product(input)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

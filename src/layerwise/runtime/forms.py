@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ModelError, ShapeError
+from .outputs import layer_limit, relative_error
 from .zeros import keeps_two_of_four, zeros_of
 
 MAT_VEC = 1  # rows of input up to which a sparse matrix meets a vector: kernels for that are several times as fast
@@ -35,6 +36,16 @@ class Form(nn.Module, ABC):
 
     @torch.no_grad()
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (as torch's own modules call it)
+        """Under autocast the kernels compute in their own dtype all the same, and the result has that of autocast, as a linear's has."""
+        device = self.device.type
+        if not torch.is_autocast_enabled(device):
+            return self.applied(input.to(self.dtype))
+        with torch.autocast(device, enabled=False):
+            result = self.applied(input.to(self.dtype))
+        return result if self.dtype == torch.float64 else result.to(torch.get_autocast_dtype(device))
+
+    def applied(self, input: Tensor) -> Tensor:  # noqa: A002  (as torch's own modules call it)
+        """What `forward` gives of an input in the form's dtype, autocast being off."""
         flat = input.reshape(-1, self.in_features)
         # an expert may get no tokens at all
         result = self.product(flat) if len(flat) else input.new_zeros(0, self.out_features)
@@ -63,6 +74,18 @@ class Form(nn.Module, ABC):
     def weight(self) -> Tensor:
         """As the layer stored it, made anew at each call: for models that look at it."""
         return self.dense().t() if self.turned else self.dense()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A weight that is set, as transformers does to tie a head, must be the one that there is. Raises ModelError for another."""
+        if name != "weight":
+            super().__setattr__(name, value)
+        elif not (
+            isinstance(value, Tensor)
+            and relative_error(value.detach(), self.weight) <= layer_limit(self.name, self.dtype)
+        ):
+            raise ModelError(
+                f"{type(self).__name__} was made for another weight. Set that of the dense model, then call fastest again."
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Form":
         """What it stores never changes, so a copy shares it; sparse tensors could not be copied so anyway."""

@@ -35,8 +35,7 @@ class Int8Linear(Form):
         self.packed = torch.ops.quantized.linear_prepack(rounded, None)
         self.reduce_range = overflows()
 
-    @torch.no_grad()
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (as torch's own modules call it)
+    def applied(self, input: Tensor) -> Tensor:  # noqa: A002  (as torch's own modules call it)
         result = self.product(input)
         return (result if self.bias is None else result.add_(self.bias)).to(self.dtype)
 

@@ -13,7 +13,7 @@ from ..tasks.batches import Batch, call
 from .forms import Form
 from .layers import Seen
 from .outputs import ROUNDING, first_tensor, relative_error, whole_limit
-from .report import LayerSpeed, SpeedReport
+from .report import LayerSpeed, SpeedReport, line_of
 from .timing import Run, race
 
 STRONG = 1.3  # where the whole is not faster with all forms, it is tried with those that were this much faster alone
@@ -48,7 +48,12 @@ def judged(
     why = ""
     for chosen in _attempts(decided):
         fast = with_forms(model, chosen)
-        error = relative_error(first_tensor(call(fast, given)), exact)
+        try:
+            got = first_tensor(call(fast, given))
+        except Exception as failure:  # a model may do with its layers what only the dense ones can
+            why = f"All dense: with these forms the model does not run ({line_of(failure)})."
+            continue
+        error = relative_error(got, exact)
         rounds = any(one.record.form in ROUNDING for one in chosen)
         if not error <= whole_limit(rounds, exact.dtype):
             why = f"All dense: with these forms the model's outputs differ by {error:.2g}."

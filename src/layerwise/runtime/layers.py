@@ -24,6 +24,7 @@ class Seen:
     kind: str
     shape: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
+    autocast: bool = False  # whether it was on then
 
     @property
     def rows(self) -> int | None:
@@ -50,6 +51,17 @@ class Seen:
             return f"modules of class {kind.__name__} are not replaced"
         if self.module._forward_hooks or self.module._forward_pre_hooks or self.module._backward_hooks:
             return "it has hooks, which would be lost"
+        if "forward" in vars(self.module):  # as accelerate does
+            return "its forward was set by hand, which would be lost"
+        return None
+
+    def mixed(self) -> str | None:
+        """Why no form can do what it did in the pass, which was in another dtype than its weight's; None if it was in the same."""
+        own = str(self.parameter.dtype).removeprefix("torch.")
+        if self.autocast:
+            return f"it runs under autocast, and forms compute in {own}: cast the model instead"
+        if self.dtype != self.parameter.dtype:
+            return f"its inputs are {str(self.dtype).removeprefix('torch.')}, its weight is {own}"
         return None
 
 
@@ -88,6 +100,7 @@ class _Watch:
             before = self.layer.shape
             if before is None or x.numel() > math.prod(before):
                 self.layer.shape, self.layer.dtype = tuple(x.shape), x.dtype
+                self.layer.autocast = torch.is_autocast_enabled(x.device.type)
 
 
 def inputs_of(model: nn.Module, inputs: Batch | Tensor | None, batch: int, length: int) -> Batch:

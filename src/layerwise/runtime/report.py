@@ -92,3 +92,9 @@ def cells(layer: LayerSpeed) -> list[str]:
 
 def _aligned(at: int, cell: str, width: int) -> str:
     return cell.rjust(width) if at in NUMBERS else cell.ljust(width)
+
+
+def line_of(error: Exception) -> str:
+    """Its class and the first line of what it says."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text[:120]}".rstrip(": ")

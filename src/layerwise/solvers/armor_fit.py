@@ -47,7 +47,7 @@ def exact(
 
 def adam(target: Target, state: State, rate: float, generator: torch.Generator) -> Iterator[Tensor]:
     """The gradient is that of the loss over the loss of an all-zero weight, as Adam's epsilon is no share of anything."""
-    scale = 2 / float(target.total)
+    scale = 2 / (float(target.total) or 1.0)
     factors = (state.left, state.core, state.right)
     first, second = ([torch.zeros_like(one) for one in factors] for _ in range(2))
     step = 0

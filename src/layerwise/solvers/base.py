@@ -77,7 +77,7 @@ def refusal(solver: Solver, treated: Treated) -> str | None:
     if prune and not solver.every_pattern and prune.pattern != "unstructured" and not prune.nm:
         return (
             f'solver "{solver.name}" prunes unstructured and n:m alone, not in the pattern "{prune.pattern}";'
-            ' "magnitude", "wanda", "sparsegpt" and "random" do'
+            ' "magnitude", "wanda", "sparsegpt", "nowag" and "random" do'
         )
     if quantize and not 2 <= quantize.bits <= 8:
         return f"{quantize.bits} bits: solvers quantize to 2 to 8. A layer left out of the plan keeps its bits"
