@@ -94,7 +94,7 @@ def factored_folder(folder: Path) -> FactoredFolder | None:
                 f"{path}: factors in format {entry['format']}; this layerwise reads {FORMAT}. A newer one may read it."
             )
         patterns = {str(name): _pattern(str(text)) for name, text in entry["layers"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise ModelError(f"{path}: its entry of factors cannot be read ({error}). Fetch it again.") from error
     where = {tensor.name: file for file in weight_files(folder) for tensor in check_file(file)}
     return FactoredFolder(folder, patterns, where)
