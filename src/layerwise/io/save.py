@@ -13,12 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..engine import Result
 from ..errors import LayerwiseError, ModelError, SaveError
+from ..passes import store_of
 from ..plan import Plan
 from ..solvers.codes import Codes
 from ..solvers.factors import Factors
 from . import verify as checks
-from .card import card, record
+from .card import card, plain, record
 from .factored_read import ENTRY, RECORD, FactoredReport, factored_report
 from .factored_write import AllFactors, entry_of, factor_folder, in_factors
 from .kv_cache import PLAN, cache_words
@@ -93,7 +95,7 @@ def save(
     tokenizer: Any = None,
     processor: Any = None,
     plan: Plan | None = None,
-    result: Mapping[str, Any] | None = None,
+    result: Mapping[str, Any] | Result | None = None,
     force: bool = False,
     verify: bool = True,
     inputs: Mapping[str, Tensor] | None = None,
@@ -104,15 +106,21 @@ def save(
 ) -> Saved:
     """Write `model` to `folder`: a stock transformers or diffusers folder, or plain weights for a module of another class.
 
-    tokenizer, processor: saved beside the weights; a processor is what prepares images. result: measured figures, plain values. inputs:
-    forward arguments for the check (default: small fixed ones). dense: the folder of the model before, to state its bytes.
+    tokenizer, processor: saved beside the weights; a processor is what prepares images. result: measured figures, plain
+    values, or the `Result` of `compress`. inputs: forward arguments for the check (default: small fixed ones). dense: the folder of the model before, to state its bytes.
     codes: layer -> codes of the weight that it has now; stored packed in their place (compressed-tensors pack-quantized), or dense
     with a note where the format or `target` cannot hold them. factors: layer -> factors of the weight that it has now, stored in its
     place; such a folder loads with `load` alone. So does that of a model with `ArmorLinear`s.
-    Raises OutputError before anything is written (exists, no room, cannot be written), PlanError if `target` cannot run the codes'
+    Raises ModelError for a streamed model (`save_whole_streamed`), OutputError before anything is written (exists, no room, cannot be
+    written), PlanError if `target` cannot run the codes'
     schemes, MissingExtra if they cannot be loaded back; SaveError if writing fails or the folder does not load back to the same model:
     then no folder appears.
     """
+    if store_of(model) is not None:
+        raise ModelError(
+            "the model is streamed: save it by layerwise.io.save_whole_streamed(model, folder, dense=...)."
+        )
+    result = plain(result)
     every = AllFactors(model, factors)
     if every and codes:
         raise ModelError("a folder holds codes or factors, not both: save without one of them.")

@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from ..engine import Result
 from ..plan import Plan
 from ..solvers.codes import Codes
 from ..solvers.factors import Factors
+from .card import plain
 from .factored_write import factor_folder
 from .kv_cache import cache_words
 from .packed_write import choose, pack_folder
@@ -26,7 +28,7 @@ def save_whole_streamed(
     *,
     dense: str | Path,
     plan: Plan | None = None,
-    result: Mapping[str, Any] | None = None,
+    result: Mapping[str, Any] | Result | None = None,
     force: bool = False,
     codes: Mapping[str, Codes] | None = None,
     factors: Mapping[str, Factors] | None = None,
@@ -34,9 +36,10 @@ def save_whole_streamed(
 ) -> Saved:
     """Write a model of `load_streamed` to `folder`, one shard per block, each read back and compared; whole or not at all.
 
-    dense: the folder it came from. codes, factors, target: as of `save`. `verified` is None: no second process has the memory to
+    dense: the folder it came from. result, codes, factors, target: as of `save`. `verified` is None: no second process has the memory to
     load it. Raises OutputError and PlanError before anything is written, SaveError on the way.
     """
+    result = plain(result)
     packing = choose(model, codes, target) if codes else None
     if packing is not None:
         check_schemes(packing.schemes, packing.linears, target)
