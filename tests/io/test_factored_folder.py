@@ -20,6 +20,7 @@ from layerwise.io import (
     multiplied_out,
     save,
     save_whole_streamed,
+    saved_report,
 )
 from layerwise.io.factored_read import factored_folder
 from layerwise.methods import Armor
@@ -184,6 +185,12 @@ def test_stale_factors_and_codes_beside_them_are_refused(made, tmp_path):
         save(changed, tmp_path / "out", factors=result.factors, codes=codes)
 
 
+def streamed_whole(folder):
+    model = load_streamed(folder)
+    for block in model.layerwise_store.names:
+        model.layerwise_store.bring(block)
+
+
 def test_files_that_contradict_the_record_are_one_line(made, tmp_path):
     folder = copied(made, tmp_path)
     tensors = load_file(folder / "factored.safetensors")
@@ -198,14 +205,31 @@ def test_files_that_contradict_the_record_are_one_line(made, tmp_path):
         (folder / "factored.safetensors.index.json").write_text(
             json.dumps({"weight_map": dict.fromkeys(new, "factored.safetensors")})
         )
-        with pytest.raises(ModelError) as caught:
-            load(folder)
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
+        said = set()
+        for read in (load, streamed_whole):
+            with pytest.raises(ModelError) as caught:
+                read(folder)
+            said.add(str(caught.value))
+        (text,) = said
+        assert "\n" not in text
+        return text
 
     assert f'"{layer}.values" is missing' in spoilt(values=None)
     assert "values and bits are" in spoilt(values=tensors[f"{layer}.values"][:, 1:].contiguous())
     assert "marks" in spoilt(bits=torch.zeros_like(tensors[f"{layer}.bits"]))
+    assert "is I32 of shape" in spoilt(values=tensors[f"{layer}.values"].int())
+    assert "is F32 of shape" in spoilt(bits=tensors[f"{layer}.bits"].float())
+    assert "differ in dtype (BF16, F32)" in spoilt(left=tensors[f"{layer}.left"].float())
+    assert "factors have 3 dimensions" in spoilt(left=tensors[f"{layer}.left"].flatten())
+    bits = tensors[f"{layer}.bits"].clone()
+    bits[0, 0] = 0b00010111  # as many as 2:4 has in these eight
+    assert "other than 2 entries as kept in 2 groups of 4" in spoilt(bits=bits)
+    for pattern in ("2:0", "0:4", "-2:-4", "5:4", "2:4:8"):
+        assert "cannot be read" in spoilt(entry={"format": 1, "layers": {layer: pattern}})
+    assert "other than 1 entries" in spoilt(entry={"format": 1, "layers": record["factors"]["layers"] | {layer: "1:2"}})
+    assert '"model.absent.left" is missing' in spoilt(entry={"format": 1, "layers": {"model.absent": "2:4"}})
+    with pytest.raises(ModelError, match="is missing"):
+        saved_report(folder)
     assert "format 2; this layerwise reads 1" in spoilt(entry={"format": 2, "layers": {}})
     assert "cannot be read" in spoilt(entry={"format": 1, "layers": {layer: "two:four"}})
     assert factored_folder(made[0]) is None
