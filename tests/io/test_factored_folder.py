@@ -26,6 +26,7 @@ from layerwise.io.factored_read import factored_folder
 from layerwise.methods import Armor
 from layerwise.solvers import ARMOR
 from layerwise.tasks.batches import Batches
+from models import MODELS
 from quantized import quantized
 from tiny import tiny_llama
 
@@ -233,3 +234,56 @@ def test_files_that_contradict_the_record_are_one_line(made, tmp_path):
     assert "format 2; this layerwise reads 1" in spoilt(entry={"format": 2, "layers": {}})
     assert "cannot be read" in spoilt(entry={"format": 1, "layers": {layer: "two:four"}})
     assert factored_folder(made[0]) is None
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """(folder of the dense GPT-2, the model with its products in it, factors, the folder saved); c_proj of the attention is square."""
+    root = tmp_path_factory.mktemp("gpt2")
+    model = MODELS["gpt2"]().eval()
+    model.save_pretrained(root / "model")
+    result = compress(model, Armor(block=8, overhead=1.0).plan(model), solver=ARMOR(iterations=2), data=BATCHES)
+    assert len(result.factors) == 8
+    return root / "model", model, result, save(model, root / "out", factors=result.factors)
+
+
+def test_conv1d_loads_in_factors_and_dense_the_right_way_round(gpt2, tmp_path):
+    _, model, result, saved = gpt2
+    record = json.loads((saved.folder / "layerwise.json").read_text())
+    assert set(record["factors"]["turned"]) == set(result.factors)
+    loaded, dense = load(saved.folder), load(saved.folder, dense=True)
+    assert set(armor_linears(loaded)) == set(result.factors)
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-4, rtol=1e-4)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, dense.get_parameter(name)), name
+    save(loaded, tmp_path / "again", verify=False)
+    assert torch.equal(logits(load(tmp_path / "again")), logits(loaded))
+    plain = multiplied_out(loaded)
+    assert all(type(plain.get_submodule(name)).__name__ == "Conv1D" for name in result.factors)
+    assert torch.equal(logits(plain), logits(dense))
+    saved = save(plain, tmp_path / "plain")
+    assert saved.verified.loader == "transformers.AutoModelForCausalLM"
+
+
+def test_conv1d_is_streamed_in_and_out_of_factors(gpt2, tmp_path):
+    source, model, result, saved = gpt2
+    save_whole_streamed(load_streamed(saved.folder), tmp_path / "dense", dense=saved.folder)
+    assert torch.equal(logits(load(tmp_path / "dense")), logits(model))
+    streamed = load_streamed(tmp_path / "dense")
+    save_whole_streamed(streamed, tmp_path / "out", dense=source, factors=result.factors)
+    assert torch.equal(logits(load(tmp_path / "out")), logits(load(saved.folder)))
+
+
+@pytest.mark.parametrize("turned", [[], ["lm_head"], [1], 1])
+def test_a_record_that_turns_layers_wrongly_is_one_line(gpt2, tmp_path, turned):
+    folder = copied(gpt2, tmp_path)
+    record = json.loads((folder / "layerwise.json").read_text())
+    square = "transformer.h.0.attn.c_proj"
+    entry = {"format": 1, "layers": record["factors"]["layers"], "turned": turned}
+    entry["turned"] = turned or [layer for layer in record["factors"]["turned"] if layer != square]
+    (folder / "layerwise.json").write_text(json.dumps({"factors": entry}))
+    for read in (load, lambda folder: load(folder, dense=True), load_streamed):
+        with pytest.raises(
+            ModelError, match="cannot be read" if turned else f'"{square}" that its weight is not turned'
+        ):
+            read(folder)

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ModelError, ShapeError
 from ..solvers.factors import PARTS, Factors
+from .armor_linear import is_turned
 from .weights import StoredTensor, check_file, read_tensors, weight_files
 
 WEIGHT = ".weight"
@@ -25,11 +26,15 @@ FLOATING = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class FactoredFolder:
-    """patterns: layer -> (n, m). where: stored tensor -> its file. products: whether `tensors` multiplies out or only keeps the place."""
+    """patterns: layer -> (n, m). where: stored tensor -> its file. turned: layers that the model has as `Conv1D`, (inputs, outputs).
+
+    products: whether `tensors` multiplies out or only keeps the place.
+    """
 
     folder: Path
     patterns: Mapping[str, tuple[int, int]]
     where: Mapping[str, Path]
+    turned: frozenset[str] = frozenset()
     products: bool = True
 
     @property
@@ -61,9 +66,21 @@ class FactoredFolder:
         return found
 
     def weight(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The dense weight of this name in the model, such as "model.layers.0.mlp.up_proj.weight"."""
-        factors = self.factors(name.removesuffix(WEIGHT))
-        return factors.weight().to(dtype) if self.products else torch.zeros(1, dtype=dtype).expand(factors.shape)
+        """The dense weight of this name in the model, such as "model.layers.0.mlp.up_proj.weight", as the model has it."""
+        layer = name.removesuffix(WEIGHT)
+        factors = self.factors(layer)
+        weight = factors.weight().to(dtype) if self.products else torch.zeros(1, dtype=dtype).expand(factors.shape)
+        return weight.T if layer in self.turned else weight
+
+    def check_turned(self, model: nn.Module) -> None:
+        """Raise ModelError if the dense model stores a layer the other way than layerwise.json says: a square one would load wrong."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for layer in self.patterns:
+            if layer in modules and is_turned(modules[layer]) != (layer in self.turned):
+                raise ModelError(
+                    f'{self.folder}: {RECORD} says of "{layer}" that its weight is {"" if layer in self.turned else "not "}turned,'
+                    f" and the model has a {type(modules[layer]).__name__}. Fetch it again."
+                )
 
     def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of the whole dense model, one by one."""
@@ -94,12 +111,15 @@ def factored_folder(folder: Path) -> FactoredFolder | None:
                 f"{path}: factors in format {entry['format']}; this layerwise reads {FORMAT}. A newer one may read it."
             )
         patterns = {str(name): _pattern(str(text)) for name, text in entry["layers"].items()}
+        turned = frozenset(entry.get("turned", []))
+        if strange := turned - set(patterns):
+            raise ValueError(f"{min(strange, key=str)!r} is turned and no layer of it")
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise ModelError(f"{path}: its entry of factors cannot be read ({error}). Fetch it again.") from error
     stored = {tensor.name: (tensor, file) for file in weight_files(folder) for tensor in check_file(file)}
     for layer in patterns:
         _check_parts(folder, layer, {name: tensor for name, (tensor, _) in stored.items()})
-    return FactoredFolder(folder, patterns, {name: file for name, (_, file) in stored.items()})
+    return FactoredFolder(folder, patterns, {name: file for name, (_, file) in stored.items()}, turned)
 
 
 def _pattern(text: str) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from ..solvers.factors import Factors
 from . import verify as checks
 from .card import card, plain, record
 from .factored_read import ENTRY, RECORD, FactoredReport, factored_report
-from .factored_write import AllFactors, entry_of, factor_folder, in_factors
+from .factored_write import AllFactors, factor_folder, in_factors
 from .kv_cache import PLAN, cache_words
 from .load import quiet
 from .packed_report import PackedReport, packed_report
@@ -149,7 +149,7 @@ def save(
         with in_factors(model, {name: every[name] for name in entry}):
             verified = _verified(model, partial, whole, loader, inputs, packing) if verify else None
         saved = Saved(whole, report, verified, cache_words(plan))
-        write_records(saved, partial, plan, result, model, loader, entry)
+        write_records(saved, partial, plan, result, model, loader, every.entry(entry) if entry else None)
     return saved
 
 
@@ -234,10 +234,10 @@ def write_records(
     result: Mapping[str, Any] | None,
     model: nn.Module,
     loader: Loader | None,
-    factors: Mapping[str, str] | None = None,
+    factors: Mapping[str, object] | None = None,
 ) -> None:
-    """layerwise.json, plan.yaml and the model card, beside the weights. factors: layer -> pattern of those in factors."""
-    facts = {
+    """layerwise.json, plan.yaml and the model card, beside the weights. factors: what it says of the layers in factors."""
+    facts: dict[str, Any] = {
         "class": type(model).__name__,
         "loader": f"{loader.library}.{loader.class_name}" if loader else "layerwise.io.load_into",
         "saved": asdict(saved.report)
@@ -249,7 +249,7 @@ def write_records(
         "verified": asdict(saved.verified) if saved.verified else None,
     }
     if factors:
-        facts[ENTRY] = entry_of(factors)
+        facts[ENTRY] = factors
     if saved.cache:
         facts["cache"] = {"file": PLAN, "loader": "layerwise.io.load_cache"}
     if plan is not None:
