@@ -1,6 +1,8 @@
 """Folders of factors: bytes, exact loading, the product for other tools, and files that contradict each other."""
 
+import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -22,11 +24,13 @@ from layerwise.io import (
     save_whole_streamed,
     saved_report,
 )
+from layerwise.io.armor_linear import factored
 from layerwise.io.factored_read import factored_folder
+from layerwise.io.verify import Verified
 from layerwise.methods import Armor
 from layerwise.solvers import ARMOR
 from layerwise.tasks.batches import Batches
-from models import MODELS
+from models import MODELS, inputs_for
 from quantized import quantized
 from tiny import tiny_llama
 
@@ -287,3 +291,80 @@ def test_a_record_that_turns_layers_wrongly_is_one_line(gpt2, tmp_path, turned):
             ModelError, match="cannot be read" if turned else f'"{square}" that its weight is not turned'
         ):
             read(folder)
+
+
+@pytest.fixture(scope="module")
+def renamed(tmp_path_factory):
+    """(folder of a dense ViT, whose files name weights otherwise than the model, the model with products, factors, the folder saved)."""
+    root = tmp_path_factory.mktemp("vit")
+    model = MODELS["vit"]().eval()
+    model.save_pretrained(root / "model")
+    batches = Batches((inputs_for("vit", model),), {})
+    result = compress(model, Armor(block=8, overhead=1.0).plan(model), solver=ARMOR(iterations=2), data=batches)
+    return root / "model", model, result, save(model, root / "out", factors=result.factors)
+
+
+def test_a_model_whose_files_have_other_names_is_saved_in_factors(renamed, tmp_path):
+    _, model, result, saved = renamed
+    inputs = inputs_for("vit", model)
+    loaded, dense = load(saved.folder), load(saved.folder, dense=True)
+    assert set(armor_linears(loaded)) == set(result.factors)
+    assert saved.report.notes == ()
+    assert saved.verified.loader == "layerwise.load"
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, atol=1e-4, rtol=1e-4)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, dense.get_parameter(name)), name
+    save(loaded, tmp_path / "again", verify=False)
+    again = load(tmp_path / "again").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in loaded.state_dict().items())
+    stock = save(dense, tmp_path / "dense")
+    assert stock.verified.loader.startswith("transformers.")
+
+
+def test_files_that_name_no_layer_as_the_model_are_left_alone(renamed, tmp_path, monkeypatch):
+    _, model, result, _ = renamed
+    monkeypatch.setattr(sys.modules["layerwise.io.save"], "_write_own_names", lambda model, folder: None)
+    stored = save(model, tmp_path / "out", factors=result.factors)
+    assert stored.verified.loader.startswith("transformers.")
+    assert stored.report.factored is None
+    assert "saved dense: the files of this architecture" in stored.report.notes[0]
+    assert (tmp_path / "out/model.safetensors").is_file()
+    record = json.loads((tmp_path / "out/layerwise.json").read_text())
+    assert "factors" not in record
+    assert record["loader"].startswith("transformers.")
+    assert not armor_linears(load(tmp_path / "out"))
+    run = copy.deepcopy(model)
+    factored(run, result.factors)
+    with pytest.raises(ModelError, match=r"cannot be saved in factors.*multiplied_out"):
+        save(run, tmp_path / "other")
+    monkeypatch.undo()
+    save(run, tmp_path / "other", verify=False)
+    assert set(armor_linears(load(tmp_path / "other"))) == set(result.factors)
+
+
+def test_a_streamed_model_without_a_layer_in_factors_is_a_stock_folder(made, tmp_path):
+    source = made[0]
+    factors = {"model.norm": drawn(8, 8, 4)}
+    saved = save_whole_streamed(load_streamed(source), tmp_path / "out", dense=source, factors=factors)
+    assert "factors are for linears" in saved.report.notes[0]
+    assert saved.report.factored is None
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out/layerwise.json").read_text())["loader"] == "transformers.AutoModelForCausalLM"
+
+
+def test_the_folder_checked_is_the_folder_delivered(made, tmp_path, monkeypatch):
+    _, model, result, _ = made
+    seen = {}
+
+    def look(model, folder, loader, **_):
+        seen.update({file.name: file.read_bytes() for file in folder.iterdir()})
+        return Verified("layerwise.load", 1, (), None)
+
+    monkeypatch.setattr(sys.modules["layerwise.io.verify"], "verify", look)
+    folder = save(model, tmp_path / "out", factors=result.factors).folder
+    delivered = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert seen.keys() == delivered.keys()
+    first, last = (json.loads(files.pop("layerwise.json")) for files in (seen, delivered))
+    assert first | {"verified": last["verified"]} == last
+    assert {name for name in seen if seen[name] != delivered[name]} == {"README.md"}

@@ -17,8 +17,9 @@ from ..solvers.factors import PARTS, Factors
 from .armor_linear import armor_linears, factored, is_turned, put_back, unfactorable
 from .factored_read import ENTRY, FORMAT, RECORD, WEIGHT
 from .targets import some_layers
-from .weights import weight_files
+from .weights import check_file, weight_files
 
+OTHER_NAMES = "the files of this architecture name weights otherwise than the model does"
 CHANGED = 2e-2  # relative distance from its factors' product from which on a weight has been changed, not rounded
 
 
@@ -33,6 +34,15 @@ class AllFactors(Mapping[str, Factors]):
             name for name in self._given if name not in reasons and is_turned(model.get_submodule(name))
         }
         self._names = [*self._own, *(name for name in self._given if name not in self._own and name not in reasons)]
+
+    def only(self, layer: str) -> bool:
+        """Whether the model itself has the layer in factors."""
+        return layer in self._own
+
+    def absent(self, folder: Path) -> list[str]:
+        """The layers whose weights the files of a folder do not name as the model does."""
+        stored = {tensor.name for file in weight_files(folder) for tensor in check_file(file)}
+        return [name for name in self if f"{name}.{PARTS[0] if self.only(name) else WEIGHT[1:]}" not in stored]
 
     def turned(self, layer: str) -> bool:
         """Whether its weight is stored (inputs, outputs)."""
@@ -67,9 +77,15 @@ def in_factors(model: nn.Module, factors: Mapping[str, Factors]) -> Iterator[nn.
 def factor_folder(folder: Path, factors: AllFactors) -> tuple[dict[str, str], tuple[str, ...]]:
     """Rewrite the weight files of a folder and record what is in factors. Returns layer -> pattern, and notes.
 
-    A layer whose weight the files name otherwise than the model stays dense, with a note. Raises ModelError if the files hold another
-    weight than the factors give.
+    A layer whose weight the files name otherwise than the model stays dense, with a note; the folder is left alone if that is so of all.
+    Raises ModelError if the files hold another weight than the factors give, or name a layer otherwise that the model has in factors only.
     """
+    absent = factors.absent(folder)
+    notes = (f"{some_layers(absent)} saved dense: {OTHER_NAMES}.",) if absent else ()
+    if stuck := [layer for layer in absent if factors.only(layer)]:
+        raise ModelError(f"{some_layers(stuck)} cannot be saved in factors: {OTHER_NAMES}. Save multiplied_out(model).")
+    if len(absent) == len(factors):
+        return {}, notes
     new_place: dict[str, str] = {}
     size, done = 0, dict[str, str]()
     files = weight_files(folder)
@@ -87,10 +103,7 @@ def factor_folder(folder: Path, factors: AllFactors) -> tuple[dict[str, str], tu
     index_file = {"metadata": {"total_size": size}, "weight_map": new_place}
     (folder / "factored.safetensors.index.json").write_text(json.dumps(index_file, indent=1), encoding="utf-8")
     (folder / RECORD).write_text(json.dumps({ENTRY: factors.entry(done)}), encoding="utf-8")
-    if absent := [layer for layer in factors if layer not in done]:
-        why = "the files of this architecture name weights otherwise than the model does"
-        return done, (f"{some_layers(absent)} saved dense: {why}.",)
-    return done, ()
+    return done, notes
 
 
 def _in_factors(file: Path, factors: AllFactors) -> tuple[dict[str, Tensor], dict[str, str]]:

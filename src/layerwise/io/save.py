@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +136,10 @@ def save(
         entry: dict[str, str] = {}
         notes = every.notes
         if every:
+            if every.absent(partial):
+                _write_own_names(model, partial)
             entry, more = factor_folder(partial, every)
-            notes, loader = (*notes, *more), loader and BY_LAYERWISE
+            notes, loader = (*notes, *more), loader and (BY_LAYERWISE if entry else loader)
         if packing is not None:
             packing = pack_folder(partial, packing)
             check_schemes(packing.schemes, packing.linears, target)  # a layer less may part what is fused
@@ -146,10 +148,15 @@ def save(
             if beside is not None:
                 beside.save_pretrained(partial)
         report = saved_report(partial, before=before, notes=notes)
-        with in_factors(model, {name: every[name] for name in entry}):
-            verified = _verified(model, partial, whole, loader, inputs, packing) if verify else None
-        saved = Saved(whole, report, verified, cache_words(plan))
-        write_records(saved, partial, plan, result, model, loader, every.entry(entry) if entry else None)
+        saved = Saved(whole, report, None, cache_words(plan))
+        facts = every.entry(entry) if entry else None
+        write_records(
+            saved, partial, plan, result, model, loader, facts
+        )  # first: what is checked is what will be there
+        if verify:
+            with in_factors(model, {name: every[name] for name in entry}):
+                saved = replace(saved, verified=_verified(model, partial, whole, loader, inputs, packing))
+            write_records(saved, partial, plan, result, model, loader, facts)
     return saved
 
 
@@ -169,8 +176,21 @@ def needed_bytes(model: nn.Module) -> int:
     return sum(unique.values()) + (32 << 20)
 
 
-def _write_model(model: nn.Module, folder: Path) -> Loader | None:
-    """Write config and weights; the loader that the folder promises, or None for a module of the user's own class."""
+def _write_own_names(model: nn.Module, folder: Path) -> None:
+    """Write the weights again under the names that the model has, where transformers renames them on the way (ViT)."""
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+        _write_model(model, folder, save_original_format=False)
+
+
+def _write_model(model: nn.Module, folder: Path, **options: bool) -> Loader | None:
+    """Write config and weights; the loader that the folder promises, or None for a module of the user's own class.
+
+    options: of the library's `save_pretrained`.
+    """
     try:
         write: Any = getattr(model, "save_pretrained", None)
         if write is None:
@@ -179,7 +199,7 @@ def _write_model(model: nn.Module, folder: Path) -> Loader | None:
             save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
             return None
         with quiet(), _any_generation_config(model, folder):
-            write(folder)
+            write(folder, **options)
         return loader_of(folder, remote_code=True)
     except LayerwiseError:
         raise
@@ -253,7 +273,7 @@ def write_records(
     if saved.cache:
         facts["cache"] = {"file": PLAN, "loader": "layerwise.io.load_cache"}
     if plan is not None:
-        plan.save(partial / PLAN)
+        plan.save(partial / PLAN, force=True)
     text = json.dumps(record(plan, result, facts), indent=1, default=str)
     (partial / RECORD).write_text(text + "\n", encoding="utf-8")
     library = loader.library if loader and loader != BY_LAYERWISE else None

@@ -59,7 +59,7 @@ def save_whole_streamed(
         loader = loader_of(partial)
         if every:
             entry, more = factor_folder(partial, every)
-            notes, loader = (*notes, *more), BY_LAYERWISE
+            notes, loader = (*notes, *more), BY_LAYERWISE if entry else loader
         saved = Saved(whole, saved_report(partial, before=before, notes=notes), None, cache_words(plan))
         write_records(saved, partial, plan, result, model, loader, every.entry(entry) if entry else None)
     return saved
