@@ -106,15 +106,15 @@ def save(
 ) -> Saved:
     """Write `model` to `folder`: a stock transformers or diffusers folder, or plain weights for a module of another class.
 
-    tokenizer, processor: saved beside the weights; a processor is what prepares images. result: measured figures, plain
-    values, or the `Result` of `compress`. inputs: forward arguments for the check (default: small fixed ones). dense: the folder of the model before, to state its bytes.
-    codes: layer -> codes of the weight that it has now; stored packed in their place (compressed-tensors pack-quantized), or dense
-    with a note where the format or `target` cannot hold them. factors: layer -> factors of the weight that it has now, stored in its
-    place; such a folder loads with `load` alone. So does that of a model with `ArmorLinear`s.
-    Raises ModelError for a streamed model (`save_whole_streamed`), OutputError before anything is written (exists, no room, cannot be
-    written), PlanError if `target` cannot run the codes'
-    schemes, MissingExtra if they cannot be loaded back; SaveError if writing fails or the folder does not load back to the same model:
-    then no folder appears.
+    tokenizer, processor: saved beside the weights; a processor is what prepares images. result: measured figures, plain values, or
+    the `Result` of `compress`. inputs: forward arguments for the check (default: small fixed ones). dense: the folder of the model
+    before, to state its bytes. codes: layer -> codes of the weight that it has now; stored packed in their place
+    (compressed-tensors pack-quantized), or dense with a note where the format or `target` cannot hold them. factors: layer ->
+    factors of the weight that it has now, stored in its place; such a folder loads with `load` alone. So does that of a model with
+    `ArmorLinear`s.
+    Raises ModelError for a streamed model (`save_whole_streamed`), OutputError before anything is written (exists, no room, cannot
+    be written), PlanError if `target` cannot run the codes' schemes, MissingExtra if they cannot be loaded back; SaveError if
+    writing fails or the folder does not load back to the same model: then no folder appears.
     """
     if store_of(model) is not None:
         raise ModelError(
@@ -150,9 +150,8 @@ def save(
         report = saved_report(partial, before=before, notes=notes)
         saved = Saved(whole, report, None, cache_words(plan))
         facts = every.entry(entry) if entry else None
-        write_records(
-            saved, partial, plan, result, model, loader, facts
-        )  # first: what is checked is what will be there
+        # before the check, too: what is checked is what will be there
+        write_records(saved, partial, plan, result, model, loader, facts)
         if verify:
             with in_factors(model, {name: every[name] for name in entry}):
                 saved = replace(saved, verified=_verified(model, partial, whole, loader, inputs, packing))
