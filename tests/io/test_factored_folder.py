@@ -1,6 +1,8 @@
 """Folders of factors: bytes, exact loading, the product for other tools, and files that contradict each other."""
 
+import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -20,11 +22,15 @@ from layerwise.io import (
     multiplied_out,
     save,
     save_whole_streamed,
+    saved_report,
 )
+from layerwise.io.armor_linear import factored
 from layerwise.io.factored_read import factored_folder
+from layerwise.io.verify import Verified
 from layerwise.methods import Armor
 from layerwise.solvers import ARMOR
 from layerwise.tasks.batches import Batches
+from models import MODELS, inputs_for
 from quantized import quantized
 from tiny import tiny_llama
 
@@ -184,6 +190,12 @@ def test_stale_factors_and_codes_beside_them_are_refused(made, tmp_path):
         save(changed, tmp_path / "out", factors=result.factors, codes=codes)
 
 
+def streamed_whole(folder):
+    model = load_streamed(folder)
+    for block in model.layerwise_store.names:
+        model.layerwise_store.bring(block)
+
+
 def test_files_that_contradict_the_record_are_one_line(made, tmp_path):
     folder = copied(made, tmp_path)
     tensors = load_file(folder / "factored.safetensors")
@@ -198,14 +210,161 @@ def test_files_that_contradict_the_record_are_one_line(made, tmp_path):
         (folder / "factored.safetensors.index.json").write_text(
             json.dumps({"weight_map": dict.fromkeys(new, "factored.safetensors")})
         )
-        with pytest.raises(ModelError) as caught:
-            load(folder)
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
+        said = set()
+        for read in (load, streamed_whole):
+            with pytest.raises(ModelError) as caught:
+                read(folder)
+            said.add(str(caught.value))
+        (text,) = said
+        assert "\n" not in text
+        return text
 
     assert f'"{layer}.values" is missing' in spoilt(values=None)
     assert "values and bits are" in spoilt(values=tensors[f"{layer}.values"][:, 1:].contiguous())
     assert "marks" in spoilt(bits=torch.zeros_like(tensors[f"{layer}.bits"]))
+    assert "is I32 of shape" in spoilt(values=tensors[f"{layer}.values"].int())
+    assert "is F32 of shape" in spoilt(bits=tensors[f"{layer}.bits"].float())
+    assert "differ in dtype (BF16, F32)" in spoilt(left=tensors[f"{layer}.left"].float())
+    assert "factors have 3 dimensions" in spoilt(left=tensors[f"{layer}.left"].flatten())
+    bits = tensors[f"{layer}.bits"].clone()
+    bits[0, 0] = 0b00010111  # as many as 2:4 has in these eight
+    assert "other than 2 entries as kept in 2 groups of 4" in spoilt(bits=bits)
+    for pattern in ("2:0", "0:4", "-2:-4", "5:4", "2:4:8"):
+        assert "cannot be read" in spoilt(entry={"format": 1, "layers": {layer: pattern}})
+    assert "other than 1 entries" in spoilt(entry={"format": 1, "layers": record["factors"]["layers"] | {layer: "1:2"}})
+    assert '"model.absent.left" is missing' in spoilt(entry={"format": 1, "layers": {"model.absent": "2:4"}})
+    with pytest.raises(ModelError, match="is missing"):
+        saved_report(folder)
     assert "format 2; this layerwise reads 1" in spoilt(entry={"format": 2, "layers": {}})
     assert "cannot be read" in spoilt(entry={"format": 1, "layers": {layer: "two:four"}})
     assert factored_folder(made[0]) is None
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """(folder of the dense GPT-2, the model with its products in it, factors, the folder saved); c_proj of the attention is square."""
+    root = tmp_path_factory.mktemp("gpt2")
+    model = MODELS["gpt2"]().eval()
+    model.save_pretrained(root / "model")
+    result = compress(model, Armor(block=8, overhead=1.0).plan(model), solver=ARMOR(iterations=2), data=BATCHES)
+    assert len(result.factors) == 8
+    return root / "model", model, result, save(model, root / "out", factors=result.factors)
+
+
+def test_conv1d_loads_in_factors_and_dense_the_right_way_round(gpt2, tmp_path):
+    _, model, result, saved = gpt2
+    record = json.loads((saved.folder / "layerwise.json").read_text())
+    assert set(record["factors"]["turned"]) == set(result.factors)
+    loaded, dense = load(saved.folder), load(saved.folder, dense=True)
+    assert set(armor_linears(loaded)) == set(result.factors)
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-4, rtol=1e-4)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, dense.get_parameter(name)), name
+    save(loaded, tmp_path / "again", verify=False)
+    assert torch.equal(logits(load(tmp_path / "again")), logits(loaded))
+    plain = multiplied_out(loaded)
+    assert all(type(plain.get_submodule(name)).__name__ == "Conv1D" for name in result.factors)
+    assert torch.equal(logits(plain), logits(dense))
+    saved = save(plain, tmp_path / "plain")
+    assert saved.verified.loader == "transformers.AutoModelForCausalLM"
+
+
+def test_conv1d_is_streamed_in_and_out_of_factors(gpt2, tmp_path):
+    source, model, result, saved = gpt2
+    save_whole_streamed(load_streamed(saved.folder), tmp_path / "dense", dense=saved.folder)
+    assert torch.equal(logits(load(tmp_path / "dense")), logits(model))
+    streamed = load_streamed(tmp_path / "dense")
+    save_whole_streamed(streamed, tmp_path / "out", dense=source, factors=result.factors)
+    assert torch.equal(logits(load(tmp_path / "out")), logits(load(saved.folder)))
+
+
+@pytest.mark.parametrize("turned", [[], ["lm_head"], [1], 1])
+def test_a_record_that_turns_layers_wrongly_is_one_line(gpt2, tmp_path, turned):
+    folder = copied(gpt2, tmp_path)
+    record = json.loads((folder / "layerwise.json").read_text())
+    square = "transformer.h.0.attn.c_proj"
+    entry = {"format": 1, "layers": record["factors"]["layers"], "turned": turned}
+    entry["turned"] = turned or [layer for layer in record["factors"]["turned"] if layer != square]
+    (folder / "layerwise.json").write_text(json.dumps({"factors": entry}))
+    for read in (load, lambda folder: load(folder, dense=True), load_streamed):
+        with pytest.raises(
+            ModelError, match="cannot be read" if turned else f'"{square}" that its weight is not turned'
+        ):
+            read(folder)
+
+
+@pytest.fixture(scope="module")
+def renamed(tmp_path_factory):
+    """(folder of a dense ViT, whose files name weights otherwise than the model, the model with products, factors, the folder saved)."""
+    root = tmp_path_factory.mktemp("vit")
+    model = MODELS["vit"]().eval()
+    model.save_pretrained(root / "model")
+    batches = Batches((inputs_for("vit", model),), {})
+    result = compress(model, Armor(block=8, overhead=1.0).plan(model), solver=ARMOR(iterations=2), data=batches)
+    return root / "model", model, result, save(model, root / "out", factors=result.factors)
+
+
+def test_a_model_whose_files_have_other_names_is_saved_in_factors(renamed, tmp_path):
+    _, model, result, saved = renamed
+    inputs = inputs_for("vit", model)
+    loaded, dense = load(saved.folder), load(saved.folder, dense=True)
+    assert set(armor_linears(loaded)) == set(result.factors)
+    assert saved.report.notes == ()
+    assert saved.verified.loader == "layerwise.load"
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, atol=1e-4, rtol=1e-4)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, dense.get_parameter(name)), name
+    save(loaded, tmp_path / "again", verify=False)
+    again = load(tmp_path / "again").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in loaded.state_dict().items())
+    stock = save(dense, tmp_path / "dense")
+    assert stock.verified.loader.startswith("transformers.")
+
+
+def test_files_that_name_no_layer_as_the_model_are_left_alone(renamed, tmp_path, monkeypatch):
+    _, model, result, _ = renamed
+    monkeypatch.setattr(sys.modules["layerwise.io.save"], "_write_own_names", lambda model, folder: None)
+    stored = save(model, tmp_path / "out", factors=result.factors)
+    assert stored.verified.loader.startswith("transformers.")
+    assert stored.report.factored is None
+    assert "saved dense: the files of this architecture" in stored.report.notes[0]
+    assert (tmp_path / "out/model.safetensors").is_file()
+    record = json.loads((tmp_path / "out/layerwise.json").read_text())
+    assert "factors" not in record
+    assert record["loader"].startswith("transformers.")
+    assert not armor_linears(load(tmp_path / "out"))
+    run = copy.deepcopy(model)
+    factored(run, result.factors)
+    with pytest.raises(ModelError, match=r"cannot be saved in factors.*multiplied_out"):
+        save(run, tmp_path / "other")
+    monkeypatch.undo()
+    save(run, tmp_path / "other", verify=False)
+    assert set(armor_linears(load(tmp_path / "other"))) == set(result.factors)
+
+
+def test_a_streamed_model_without_a_layer_in_factors_is_a_stock_folder(made, tmp_path):
+    source = made[0]
+    factors = {"model.norm": drawn(8, 8, 4)}
+    saved = save_whole_streamed(load_streamed(source), tmp_path / "out", dense=source, factors=factors)
+    assert "factors are for linears" in saved.report.notes[0]
+    assert saved.report.factored is None
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out/layerwise.json").read_text())["loader"] == "transformers.AutoModelForCausalLM"
+
+
+def test_the_folder_checked_is_the_folder_delivered(made, tmp_path, monkeypatch):
+    _, model, result, _ = made
+    seen = {}
+
+    def look(model, folder, loader, **_):
+        seen.update({file.name: file.read_bytes() for file in folder.iterdir()})
+        return Verified("layerwise.load", 1, (), None)
+
+    monkeypatch.setattr(sys.modules["layerwise.io.verify"], "verify", look)
+    folder = save(model, tmp_path / "out", factors=result.factors).folder
+    delivered = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert seen.keys() == delivered.keys()
+    first, last = (json.loads(files.pop("layerwise.json")) for files in (seen, delivered))
+    assert first | {"verified": last["verified"]} == last
+    assert {name for name in seen if seen[name] != delivered[name]} == {"README.md"}

@@ -298,3 +298,13 @@ def test_the_header_tells_what_the_file_holds(folder):
     path = folder / "model.safetensors"
     described = {tensor.name: (tensor.shape, tensor.bytes) for tensor in check_file(path)}
     assert described == {name: (tuple(t.shape), t.numel() * 4) for name, t in load_file(path).items()}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "layerwise.json", "config.json"])
+def test_json_nested_without_end_is_one_line(folder, name):
+    deep = b"[" * 200_000
+    (folder / name).write_bytes(len(deep).to_bytes(8, "little") + deep if name.endswith("safetensors") else deep)
+    with pytest.raises(ModelError) as caught:
+        load(folder)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from layerwise.errors import OutputError, SaveError
+from layerwise.engine import Result
+from layerwise.errors import ConfigError, OutputError, SaveError
 from layerwise.io import load, load_into, needed_bytes, save, saved_report
 from layerwise.io.whole import check_output, whole_folder
 from layerwise.plan import Plan, Prune
@@ -204,3 +205,13 @@ def test_the_report_in_plain_words(tmp_path):
         "Zeros do not shrink this format and do not speed up a stock engine: same bytes, same speed.",
     ]
     assert len(saved_report(tmp_path, before=10 * size).lines()) == 2
+
+
+def test_a_result_is_taken_as_it_is_and_anything_else_refused_before_the_work(tmp_path):
+    result = Result(layers=(), seconds={"total": 1.5}, solver={"name": "wanda"}, data={})
+    save(llama(), tmp_path / "out", result=result, verify=False)
+    record = json.loads((tmp_path / "out/layerwise.json").read_text())
+    assert record["result"] == json.loads(json.dumps(result.to_dict()))
+    with pytest.raises(ConfigError, match="result is a float"):
+        save(llama(), tmp_path / "other", result=0.5)
+    assert left_over(tmp_path) == ["out"]

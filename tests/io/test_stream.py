@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from layerwise.engine import Settings, compress, walk
 from layerwise.errors import ConfigError, ModelError
+from layerwise.io import save
 from layerwise.io.stream import load_streamed, save_streamed
 from layerwise.passes import collect_dense
 from layerwise.plan import Plan, Prune
@@ -161,3 +162,10 @@ def test_memory_stays_near_one_block(tmp_path):
         used[how] = json.loads(run.stdout.splitlines()[-1])
     assert used["streamed"] < 0.7 * weights, used  # 0.56 to 0.64 over runs: pages of mapped files count, too
     assert used["streamed"] < 0.5 * used["whole"], used
+
+
+def test_save_sends_a_streamed_model_to_its_own_function(tmp_path):
+    MODELS["llama"]().save_pretrained(tmp_path / "dense")
+    with pytest.raises(ModelError, match="save_whole_streamed"):
+        save(load_streamed(tmp_path / "dense"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

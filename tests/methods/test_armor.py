@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from factors import drawn
 from layerwise.engine import compress
-from layerwise.errors import BudgetError, ConfigError, ShapeError
+from layerwise.errors import BudgetError, ConfigError, ModelError, ShapeError
+from layerwise.io.armor_linear import factored
 from layerwise.methods import METHODS, Armor, method_from
 from layerwise.methods.armor import sides_of
 from layerwise.plan import Factorize, Plan, Treatments
@@ -138,3 +140,10 @@ def test_treatments_that_cannot_be_are_refused():
             Factorize(**bad)
     assert Factorize(block=8, pattern="4:8").problem(16, 24) is None
     assert "diagonal blocks of 8" in Factorize(block=8).problem(16, 12)
+
+
+def test_a_model_in_factors_is_told_from_one_without_blocks():
+    model = MODELS["llama"]()
+    factored(model, {layer.name: drawn(layer.rows, layer.columns, 4) for layer in structure_of(model)})
+    with pytest.raises(ModelError, match="its layers are in factors"):
+        Armor().plan(model)

@@ -20,15 +20,16 @@ class ArmorLinear(nn.Module):
     """In the place of a linear, or of transformers' `Conv1D`. Takes and gives any dtype; computes in that of its factors.
 
     Parameters left, values, right and bias, buffer bits: see `Factors`. They can be trained; which entries are kept stays. `sparse`: False
-    keeps the core dense also where a sparse kernel would run it (`fastest_cores`).
-    The core is put together once and kept: after values changed through `.data`, which PyTorch does not count, it is the old one. Change
-    them under `torch.no_grad()` instead.
+    keeps the core dense also where a sparse kernel would run it (`fastest_cores`). turned: it stands for a `Conv1D`, whose weight is
+    (inputs, outputs); factors are (outputs, inputs) always. The core is put together once and kept: after values changed through `.data`,
+    which PyTorch does not count, it is the old one. Change them under `torch.no_grad()` instead.
     """
 
     sparse: bool = True
 
-    def __init__(self, factors: Factors, bias: Tensor | None = None) -> None:
+    def __init__(self, factors: Factors, bias: Tensor | None = None, *, turned: bool = False) -> None:
         super().__init__()
+        self.turned = turned
         self.out_features, self.in_features = factors.shape
         self.n, self.m = factors.n, factors.m
         self.left = nn.Parameter(factors.left.detach().clone())
@@ -183,10 +184,10 @@ def factored(model: nn.Module, factors: Mapping[str, Factors]) -> dict[str, nn.M
         replaced[name] = module = _linear(model, name)
         weight, bias = module.weight, getattr(module, "bias", None)
         assert isinstance(weight, Tensor)  # noqa: S101  (_linear has seen it)
-        shape = tuple(weight.shape) if isinstance(module, nn.Linear) else tuple(weight.shape)[::-1]
+        shape = tuple(weight.shape)[::-1] if is_turned(module) else tuple(weight.shape)
         if shape != one.shape:
             raise ModelError(f'factors of "{name}" are {list(one.shape)}, its weight is {list(shape)}.')
-        new[name] = ArmorLinear(one.to(weight.device), bias).train(module.training)
+        new[name] = ArmorLinear(one.to(weight.device), bias, turned=is_turned(module)).train(module.training)
     put_back(model, new)
     return replaced
 
@@ -199,19 +200,28 @@ def put_back(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 
 def multiplied_out(model: nn.Module) -> nn.Module:
-    """Every linear in factors replaced by a plain one with the product, in place; returns the model."""
+    """Every linear in factors replaced by a plain one with the product (a `Conv1D` by a `Conv1D`), in place; returns the model."""
     for name, module in armor_linears(model).items():
-        linear = nn.Linear(
-            module.in_features,
-            module.out_features,
-            bias=module.bias is not None,
-            device="meta",
-            dtype=module.values.dtype,
-        )
-        linear.weight = nn.Parameter(module.weight)
+        with torch.device("meta"):
+            linear = _plain(module)
+        linear.weight = nn.Parameter(module.weight.T.contiguous() if module.turned else module.weight)
         linear.register_parameter("bias", module.bias)
         put_back(model, {name: linear.train(module.training)})
     return model
+
+
+def _plain(module: ArmorLinear) -> nn.Module:
+    if not module.turned:
+        return nn.Linear(module.in_features, module.out_features)
+    from transformers.pytorch_utils import Conv1D
+
+    conv1d: nn.Module = Conv1D(module.out_features, module.in_features)
+    return conv1d
+
+
+def is_turned(module: nn.Module) -> bool:
+    """Whether its weight is stored (inputs, outputs)."""
+    return type(module).__name__ == "Conv1D"
 
 
 def unfactorable(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
@@ -231,7 +241,7 @@ def _linear(model: nn.Module, name: str) -> nn.Module:
     except AttributeError as error:
         raise ModelError(f'factors are for "{name}", which is no module of the model.') from error
     weight = getattr(module, "weight", None)
-    if type(module) is not nn.Linear and type(module).__name__ != "Conv1D":
+    if type(module) is not nn.Linear and not is_turned(module):
         raise ModelError(f'"{name}" is a {type(module).__name__}; factors are for linears.')
     if sum(weight is parameter for _, parameter in model.named_parameters(remove_duplicate=False)) != 1:
         raise ModelError(f'"{name}" shares its weight with another module, so that it cannot be in factors.')

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from ..engine import Result
+from ..errors import ConfigError
 from ..plan import Plan
 
 
@@ -17,6 +19,15 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def plain(result: Mapping[str, Any] | Result | None) -> Mapping[str, Any] | None:
+    """The figures of a result as plain values. Raises ConfigError for what is neither a `Result` nor a mapping."""
+    if isinstance(result, Result):
+        return result.to_dict()
+    if result is not None and not isinstance(result, Mapping):
+        raise ConfigError(f"result is a {type(result).__name__}: give the Result of compress, or a dict of figures.")
+    return result
 
 
 def record(plan: Plan | None, result: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> dict[str, Any]:

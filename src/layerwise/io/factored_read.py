@@ -12,23 +12,29 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ModelError, ShapeError
 from ..solvers.factors import PARTS, Factors
-from .weights import check_file, read_tensors, weight_files
+from .armor_linear import is_turned
+from .weights import StoredTensor, check_file, read_tensors, weight_files
 
 WEIGHT = ".weight"
 RECORD, ENTRY, FORMAT = "layerwise.json", "factors", 1
+FLOATING = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class FactoredFolder:
-    """patterns: layer -> (n, m). where: stored tensor -> its file. products: whether `tensors` multiplies out or only keeps the place."""
+    """patterns: layer -> (n, m). where: stored tensor -> its file. turned: layers that the model has as `Conv1D`, (inputs, outputs).
+
+    products: whether `tensors` multiplies out or only keeps the place.
+    """
 
     folder: Path
     patterns: Mapping[str, tuple[int, int]]
     where: Mapping[str, Path]
+    turned: frozenset[str] = frozenset()
     products: bool = True
 
     @property
@@ -46,24 +52,35 @@ class FactoredFolder:
         parts = {}
         for part in PARTS:
             name = f"{layer}.{part}"
-            if name not in self.where:
-                raise ModelError(f'{self.folder}: "{name}" is missing. Fetch the weights again.')
             with safe_open(self.where[name], framework="pt") as opened:
                 parts[part] = opened.get_tensor(name)
         try:
             found = Factors(**parts, n=self.patterns[layer][0], m=self.patterns[layer][1])
         except ShapeError as error:
             raise ModelError(f'{self.folder}: "{layer}": {error}') from error
-        if (kept := int(found.keep.sum())) != found.values.numel():
+        if wrong := int((found.keep.view(-1, found.m).sum(1) != found.n).sum()):
             raise ModelError(
-                f'{self.folder}: "{layer}" marks {kept} entries as kept and has {found.values.numel()} values.'
+                f'{self.folder}: "{layer}" marks other than {found.n} entries as kept in {wrong} groups of {found.m}.'
+                " Fetch the weights again."
             )
         return found
 
     def weight(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The dense weight of this name in the model, such as "model.layers.0.mlp.up_proj.weight"."""
-        factors = self.factors(name.removesuffix(WEIGHT))
-        return factors.weight().to(dtype) if self.products else torch.zeros(1, dtype=dtype).expand(factors.shape)
+        """The dense weight of this name in the model, such as "model.layers.0.mlp.up_proj.weight", as the model has it."""
+        layer = name.removesuffix(WEIGHT)
+        factors = self.factors(layer)
+        weight = factors.weight().to(dtype) if self.products else torch.zeros(1, dtype=dtype).expand(factors.shape)
+        return weight.T if layer in self.turned else weight
+
+    def check_turned(self, model: nn.Module) -> None:
+        """Raise ModelError if the dense model stores a layer the other way than layerwise.json says: a square one would load wrong."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for layer in self.patterns:
+            if layer in modules and is_turned(modules[layer]) != (layer in self.turned):
+                raise ModelError(
+                    f'{self.folder}: {RECORD} says of "{layer}" that its weight is {"" if layer in self.turned else "not "}turned,'
+                    f" and the model has a {type(modules[layer]).__name__}. Fetch it again."
+                )
 
     def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of the whole dense model, one by one."""
@@ -94,15 +111,41 @@ def factored_folder(folder: Path) -> FactoredFolder | None:
                 f"{path}: factors in format {entry['format']}; this layerwise reads {FORMAT}. A newer one may read it."
             )
         patterns = {str(name): _pattern(str(text)) for name, text in entry["layers"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        turned = frozenset(entry.get("turned", []))
+        if strange := turned - set(patterns):
+            raise ValueError(f"{min(strange, key=str)!r} is turned and no layer of it")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise ModelError(f"{path}: its entry of factors cannot be read ({error}). Fetch it again.") from error
-    where = {tensor.name: file for file in weight_files(folder) for tensor in check_file(file)}
-    return FactoredFolder(folder, patterns, where)
+    stored = {tensor.name: (tensor, file) for file in weight_files(folder) for tensor in check_file(file)}
+    for layer in patterns:
+        _check_parts(folder, layer, {name: tensor for name, (tensor, _) in stored.items()})
+    return FactoredFolder(folder, patterns, {name: file for name, (_, file) in stored.items()}, turned)
 
 
 def _pattern(text: str) -> tuple[int, int]:
-    n, _, m = text.partition(":")
-    return int(n), int(m)
+    n, m = (int(number) for number in text.split(":"))
+    if not 0 < n <= m:
+        raise ValueError(f'pattern "{text}" is not n of m with 0 < n <= m')
+    return n, m
+
+
+def _check_parts(folder: Path, layer: str, stored: Mapping[str, StoredTensor]) -> None:
+    """Raise ModelError unless the headers have all four, in dtypes and dimensions that factors can have."""
+    if missing := [name for part in PARTS if (name := f"{layer}.{part}") not in stored]:
+        raise ModelError(f'{folder}: "{missing[0]}" is missing. Fetch the weights again.')
+    parts = {part: stored[f"{layer}.{part}"] for part in PARTS}
+    for part, tensor in parts.items():
+        kinds = ("U8",) if part == "bits" else FLOATING
+        dimensions = 3 if part in ("left", "right") else 2
+        if tensor.type not in kinds or len(tensor.shape) != dimensions or not tensor.size:
+            raise ModelError(
+                f'{folder}: "{tensor.name}" is {tensor.type} of shape {list(tensor.shape)}; factors have {dimensions} dimensions there,'
+                f" of {' or '.join(kinds)}. Fetch the weights again."
+            )
+    if len(types := {tensor.type for part, tensor in parts.items() if part != "bits"}) > 1:
+        raise ModelError(
+            f'{folder}: factors of "{layer}" differ in dtype ({", ".join(sorted(types))}). Fetch them again.'
+        )
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..solvers.factors import PARTS, Factors
-from .armor_linear import armor_linears, factored, put_back, unfactorable
+from .armor_linear import armor_linears, factored, is_turned, put_back, unfactorable
 from .factored_read import ENTRY, FORMAT, RECORD, WEIGHT
 from .targets import some_layers
-from .weights import weight_files
+from .weights import check_file, weight_files
 
+OTHER_NAMES = "the files of this architecture name weights otherwise than the model does"
 CHANGED = 2e-2  # relative distance from its factors' product from which on a weight has been changed, not rounded
 
 
@@ -29,7 +30,28 @@ class AllFactors(Mapping[str, Factors]):
         self._own, self._given = armor_linears(model), given or {}
         reasons = unfactorable(model, (name for name in self._given if name not in self._own))
         self.notes = tuple(f"{name} saved dense: {why}" for name, why in reasons.items())
+        self._turned = {name for name, one in self._own.items() if one.turned} | {
+            name for name in self._given if name not in reasons and is_turned(model.get_submodule(name))
+        }
         self._names = [*self._own, *(name for name in self._given if name not in self._own and name not in reasons)]
+
+    def only(self, layer: str) -> bool:
+        """Whether the model itself has the layer in factors."""
+        return layer in self._own
+
+    def absent(self, folder: Path) -> list[str]:
+        """The layers whose weights the files of a folder do not name as the model does."""
+        stored = {tensor.name for file in weight_files(folder) for tensor in check_file(file)}
+        return [name for name in self if f"{name}.{PARTS[0] if self.only(name) else WEIGHT[1:]}" not in stored]
+
+    def turned(self, layer: str) -> bool:
+        """Whether its weight is stored (inputs, outputs)."""
+        return layer in self._turned
+
+    def entry(self, patterns: Mapping[str, str]) -> dict[str, object]:
+        """What layerwise.json says of these layers in factors."""
+        turned = [layer for layer in patterns if layer in self._turned]
+        return {"format": FORMAT, "layers": dict(patterns)} | ({"turned": turned} if turned else {})
 
     def __getitem__(self, layer: str) -> Factors:
         return self._own[layer].factors if layer in self._own else self._given[layer]
@@ -52,12 +74,18 @@ def in_factors(model: nn.Module, factors: Mapping[str, Factors]) -> Iterator[nn.
         put_back(model, replaced)
 
 
-def factor_folder(folder: Path, factors: Mapping[str, Factors]) -> tuple[dict[str, str], tuple[str, ...]]:
+def factor_folder(folder: Path, factors: AllFactors) -> tuple[dict[str, str], tuple[str, ...]]:
     """Rewrite the weight files of a folder and record what is in factors. Returns layer -> pattern, and notes.
 
-    A layer whose weight the files name otherwise than the model stays dense, with a note. Raises ModelError if the files hold another
-    weight than the factors give.
+    A layer whose weight the files name otherwise than the model stays dense, with a note; the folder is left alone if that is so of all.
+    Raises ModelError if the files hold another weight than the factors give, or name a layer otherwise that the model has in factors only.
     """
+    absent = factors.absent(folder)
+    notes = (f"{some_layers(absent)} saved dense: {OTHER_NAMES}.",) if absent else ()
+    if stuck := [layer for layer in absent if factors.only(layer)]:
+        raise ModelError(f"{some_layers(stuck)} cannot be saved in factors: {OTHER_NAMES}. Save multiplied_out(model).")
+    if len(absent) == len(factors):
+        return {}, notes
     new_place: dict[str, str] = {}
     size, done = 0, dict[str, str]()
     files = weight_files(folder)
@@ -74,19 +102,11 @@ def factor_folder(folder: Path, factors: Mapping[str, Factors]) -> tuple[dict[st
         old.unlink()
     index_file = {"metadata": {"total_size": size}, "weight_map": new_place}
     (folder / "factored.safetensors.index.json").write_text(json.dumps(index_file, indent=1), encoding="utf-8")
-    (folder / RECORD).write_text(json.dumps({ENTRY: entry_of(done)}), encoding="utf-8")
-    if absent := [layer for layer in factors if layer not in done]:
-        why = "the files of this architecture name weights otherwise than the model does"
-        return done, (f"{some_layers(absent)} saved dense: {why}.",)
-    return done, ()
+    (folder / RECORD).write_text(json.dumps({ENTRY: factors.entry(done)}), encoding="utf-8")
+    return done, notes
 
 
-def entry_of(patterns: Mapping[str, str]) -> dict[str, object]:
-    """What layerwise.json says of the layers in factors."""
-    return {"format": FORMAT, "layers": dict(patterns)}
-
-
-def _in_factors(file: Path, factors: Mapping[str, Factors]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _in_factors(file: Path, factors: AllFactors) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of one file with factors for weights, and layer -> pattern of those that are in it."""
     tensors: dict[str, Tensor] = {}
     done: dict[str, str] = {}
@@ -102,15 +122,14 @@ def _in_factors(file: Path, factors: Mapping[str, Factors]) -> tuple[dict[str, T
             if part in PARTS:  # of a linear that was in factors when the model was written
                 tensors[name] = tensor
                 continue
-            _check_same(layer, tensor, own)
+            _check_same(layer, tensor.T if factors.turned(layer) else tensor, own)
             tensors |= {f"{layer}.{part}": getattr(own, part).contiguous() for part in PARTS}
     return tensors, done
 
 
 def _check_same(layer: str, stored: Tensor, factors: Factors) -> None:
     product = factors.weight()
-    either = [one.float() for one in (stored, stored.T) if one.shape == product.shape]  # Conv1D has inputs first
-    away = min((float((one - product).norm()) for one in either), default=float("inf"))
+    away = float((stored.float() - product).norm()) if stored.shape == product.shape else float("inf")
     if not away <= CHANGED * float(product.norm()):
         raise ModelError(
             f'layer "{layer}": its weight is not what its factors give, so it was changed after they were computed.'

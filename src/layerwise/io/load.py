@@ -140,6 +140,7 @@ def _build(folder: Path, loader: Loader, dtype: str | torch.dtype) -> nn.Module:
 
 def _run_in_factors(model: nn.Module, folder: FactoredFolder, dtype: str | torch.dtype) -> None:
     """Linears in factors in the place of plain ones. dtype: of the factors, too, unless "auto"."""
+    folder.check_turned(model)
     for layer in folder.patterns:  # one by one: what they replace goes at once
         put_in_factors(model, {layer: folder.factors(layer)})
         if isinstance(dtype, torch.dtype):
@@ -179,6 +180,8 @@ def _build_unpacked(packed: PackedFolder | FactoredFolder, loader: Loader, dtype
         raise ModelError(f"{folder}: transformers cannot build the model: {_line(error)}") from error
     _check_keys(folder, info)
     assert isinstance(model, nn.Module)  # noqa: S101  (for the type checker)
+    if isinstance(packed, FactoredFolder):
+        packed.check_turned(model)
     return model
 
 

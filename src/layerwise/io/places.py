@@ -103,7 +103,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder}: {_without_config(folder)}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON ({str(error).splitlines()[0]}).") from error
     if not isinstance(config, dict):
         raise ModelError(

@@ -7,20 +7,22 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..engine import Result
 from ..errors import LayerwiseError, ModelError, SaveError
+from ..passes import store_of
 from ..plan import Plan
 from ..solvers.codes import Codes
 from ..solvers.factors import Factors
 from . import verify as checks
-from .card import card, record
+from .card import card, plain, record
 from .factored_read import ENTRY, RECORD, FactoredReport, factored_report
-from .factored_write import AllFactors, entry_of, factor_folder, in_factors
+from .factored_write import AllFactors, factor_folder, in_factors
 from .kv_cache import PLAN, cache_words
 from .load import quiet
 from .packed_report import PackedReport, packed_report
@@ -93,7 +95,7 @@ def save(
     tokenizer: Any = None,
     processor: Any = None,
     plan: Plan | None = None,
-    result: Mapping[str, Any] | None = None,
+    result: Mapping[str, Any] | Result | None = None,
     force: bool = False,
     verify: bool = True,
     inputs: Mapping[str, Tensor] | None = None,
@@ -104,15 +106,21 @@ def save(
 ) -> Saved:
     """Write `model` to `folder`: a stock transformers or diffusers folder, or plain weights for a module of another class.
 
-    tokenizer, processor: saved beside the weights; a processor is what prepares images. result: measured figures, plain values. inputs:
-    forward arguments for the check (default: small fixed ones). dense: the folder of the model before, to state its bytes.
-    codes: layer -> codes of the weight that it has now; stored packed in their place (compressed-tensors pack-quantized), or dense
-    with a note where the format or `target` cannot hold them. factors: layer -> factors of the weight that it has now, stored in its
-    place; such a folder loads with `load` alone. So does that of a model with `ArmorLinear`s.
-    Raises OutputError before anything is written (exists, no room, cannot be written), PlanError if `target` cannot run the codes'
-    schemes, MissingExtra if they cannot be loaded back; SaveError if writing fails or the folder does not load back to the same model:
-    then no folder appears.
+    tokenizer, processor: saved beside the weights; a processor is what prepares images. result: measured figures, plain values, or
+    the `Result` of `compress`. inputs: forward arguments for the check (default: small fixed ones). dense: the folder of the model
+    before, to state its bytes. codes: layer -> codes of the weight that it has now; stored packed in their place
+    (compressed-tensors pack-quantized), or dense with a note where the format or `target` cannot hold them. factors: layer ->
+    factors of the weight that it has now, stored in its place; such a folder loads with `load` alone. So does that of a model with
+    `ArmorLinear`s.
+    Raises ModelError for a streamed model (`save_whole_streamed`), OutputError before anything is written (exists, no room, cannot
+    be written), PlanError if `target` cannot run the codes' schemes, MissingExtra if they cannot be loaded back; SaveError if
+    writing fails or the folder does not load back to the same model: then no folder appears.
     """
+    if store_of(model) is not None:
+        raise ModelError(
+            "the model is streamed: save it by layerwise.io.save_whole_streamed(model, folder, dense=...)."
+        )
+    result = plain(result)
     every = AllFactors(model, factors)
     if every and codes:
         raise ModelError("a folder holds codes or factors, not both: save without one of them.")
@@ -128,8 +136,10 @@ def save(
         entry: dict[str, str] = {}
         notes = every.notes
         if every:
+            if every.absent(partial):
+                _write_own_names(model, partial)
             entry, more = factor_folder(partial, every)
-            notes, loader = (*notes, *more), loader and BY_LAYERWISE
+            notes, loader = (*notes, *more), loader and (BY_LAYERWISE if entry else loader)
         if packing is not None:
             packing = pack_folder(partial, packing)
             check_schemes(packing.schemes, packing.linears, target)  # a layer less may part what is fused
@@ -138,10 +148,14 @@ def save(
             if beside is not None:
                 beside.save_pretrained(partial)
         report = saved_report(partial, before=before, notes=notes)
-        with in_factors(model, {name: every[name] for name in entry}):
-            verified = _verified(model, partial, whole, loader, inputs, packing) if verify else None
-        saved = Saved(whole, report, verified, cache_words(plan))
-        write_records(saved, partial, plan, result, model, loader, entry)
+        saved = Saved(whole, report, None, cache_words(plan))
+        facts = every.entry(entry) if entry else None
+        # before the check, too: what is checked is what will be there
+        write_records(saved, partial, plan, result, model, loader, facts)
+        if verify:
+            with in_factors(model, {name: every[name] for name in entry}):
+                saved = replace(saved, verified=_verified(model, partial, whole, loader, inputs, packing))
+            write_records(saved, partial, plan, result, model, loader, facts)
     return saved
 
 
@@ -161,8 +175,21 @@ def needed_bytes(model: nn.Module) -> int:
     return sum(unique.values()) + (32 << 20)
 
 
-def _write_model(model: nn.Module, folder: Path) -> Loader | None:
-    """Write config and weights; the loader that the folder promises, or None for a module of the user's own class."""
+def _write_own_names(model: nn.Module, folder: Path) -> None:
+    """Write the weights again under the names that the model has, where transformers renames them on the way (ViT)."""
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+        _write_model(model, folder, save_original_format=False)
+
+
+def _write_model(model: nn.Module, folder: Path, **options: bool) -> Loader | None:
+    """Write config and weights; the loader that the folder promises, or None for a module of the user's own class.
+
+    options: of the library's `save_pretrained`.
+    """
     try:
         write: Any = getattr(model, "save_pretrained", None)
         if write is None:
@@ -171,7 +198,7 @@ def _write_model(model: nn.Module, folder: Path) -> Loader | None:
             save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
             return None
         with quiet(), _any_generation_config(model, folder):
-            write(folder)
+            write(folder, **options)
         return loader_of(folder, remote_code=True)
     except LayerwiseError:
         raise
@@ -226,10 +253,10 @@ def write_records(
     result: Mapping[str, Any] | None,
     model: nn.Module,
     loader: Loader | None,
-    factors: Mapping[str, str] | None = None,
+    factors: Mapping[str, object] | None = None,
 ) -> None:
-    """layerwise.json, plan.yaml and the model card, beside the weights. factors: layer -> pattern of those in factors."""
-    facts = {
+    """layerwise.json, plan.yaml and the model card, beside the weights. factors: what it says of the layers in factors."""
+    facts: dict[str, Any] = {
         "class": type(model).__name__,
         "loader": f"{loader.library}.{loader.class_name}" if loader else "layerwise.io.load_into",
         "saved": asdict(saved.report)
@@ -241,11 +268,11 @@ def write_records(
         "verified": asdict(saved.verified) if saved.verified else None,
     }
     if factors:
-        facts[ENTRY] = entry_of(factors)
+        facts[ENTRY] = factors
     if saved.cache:
         facts["cache"] = {"file": PLAN, "loader": "layerwise.io.load_cache"}
     if plan is not None:
-        plan.save(partial / PLAN)
+        plan.save(partial / PLAN, force=True)
     text = json.dumps(record(plan, result, facts), indent=1, default=str)
     (partial / RECORD).write_text(text + "\n", encoding="utf-8")
     library = loader.library if loader and loader != BY_LAYERWISE else None

@@ -127,6 +127,8 @@ def load_streamed(name: str | Path, *, dtype: torch.dtype | None = None) -> nn.M
         model: nn.Module = architecture._from_config(config)
     model.eval()
     _check_names(model, folder, where)
+    if isinstance(packed, FactoredFolder):
+        packed.check_turned(model)
     blocks = [block.name for block in structure_of(model, include=["*"]).blocks]
     store = BlockFiles(model, folder, where, blocks, dtype, packed)
     store.fill_rest()

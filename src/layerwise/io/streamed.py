@@ -6,10 +6,13 @@ from typing import Any
 
 from torch import nn
 
+from ..engine import Result
+from ..errors import ModelError
 from ..plan import Plan
 from ..solvers.codes import Codes
 from ..solvers.factors import Factors
-from .factored_write import factor_folder
+from .card import plain
+from .factored_write import AllFactors, factor_folder
 from .kv_cache import cache_words
 from .packed_write import choose, pack_folder
 from .places import loader_of
@@ -26,7 +29,7 @@ def save_whole_streamed(
     *,
     dense: str | Path,
     plan: Plan | None = None,
-    result: Mapping[str, Any] | None = None,
+    result: Mapping[str, Any] | Result | None = None,
     force: bool = False,
     codes: Mapping[str, Codes] | None = None,
     factors: Mapping[str, Factors] | None = None,
@@ -34,25 +37,29 @@ def save_whole_streamed(
 ) -> Saved:
     """Write a model of `load_streamed` to `folder`, one shard per block, each read back and compared; whole or not at all.
 
-    dense: the folder it came from. codes, factors, target: as of `save`. `verified` is None: no second process has the memory to
-    load it. Raises OutputError and PlanError before anything is written, SaveError on the way.
+    dense: the folder it came from. result, codes, factors, target: as of `save`. `verified` is None: no second process has the memory to
+    load it. Raises ModelError for codes and factors at once, OutputError and PlanError before anything is written, SaveError on the way.
     """
+    result = plain(result)
+    every = AllFactors(model, factors)
+    if every and codes:
+        raise ModelError("a folder holds codes or factors, not both: save without one of them.")
     packing = choose(model, codes, target) if codes else None
     if packing is not None:
         check_schemes(packing.schemes, packing.linears, target)
     before = sum(file.stat().st_size for file in weight_files(Path(dense)))
-    whole = check_output(folder, force=force, needed=before * (2 if packing or factors else 1) + (32 << 20))
+    whole = check_output(folder, force=force, needed=before * (2 if packing or every else 1) + (32 << 20))
     with whole_folder(whole, force=force) as partial:
         save_streamed(model, partial)
         if packing is not None:
             packing = pack_folder(partial, packing)
             check_schemes(packing.schemes, packing.linears, target)
-        notes = packing.notes if packing else ()
+        notes = (*every.notes, *(packing.notes if packing else ()))
         entry: dict[str, str] = {}
         loader = loader_of(partial)
-        if factors:
-            entry, notes = factor_folder(partial, factors)
-            loader = BY_LAYERWISE
+        if every:
+            entry, more = factor_folder(partial, every)
+            notes, loader = (*notes, *more), BY_LAYERWISE if entry else loader
         saved = Saved(whole, saved_report(partial, before=before, notes=notes), None, cache_words(plan))
-        write_records(saved, partial, plan, result, model, loader, entry)
+        write_records(saved, partial, plan, result, model, loader, every.entry(entry) if entry else None)
     return saved

@@ -83,7 +83,7 @@ def check_file(path: Path) -> list[StoredTensor]:
                 if name != "__metadata__"
             ]
             offsets = sorted(tuple(entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__")
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
             raise ModelError(
                 f"{path}: corrupt: its header is not what safetensors writes ({error}). {refetch}"
             ) from error
@@ -123,7 +123,7 @@ def _bits(kind: str) -> int | None:
 def _shard_names(index: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise ModelError(f"{index}: not an index of safetensors files ({error}). Fetch it again.") from error
     if bad := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
         raise ModelError(f"{index}: it names {bad[0]!r}, which is not a file of this folder.")

@@ -19,6 +19,11 @@ def found(model: nn.Module, structure: Structure | None) -> Structure:
     """The structure given, or that of the model. Raises ModelError if no layer is up for compression."""
     structure = structure_of(model) if structure is None else structure
     if not structure.layers:
+        if any(type(module).__name__ == "ArmorLinear" for module in model.modules()):
+            raise ModelError(
+                f"{type(model).__name__}: no layer is up for compression: its layers are in factors. Multiply them out first:"
+                " load(folder, dense=True), or layerwise.io.multiplied_out(model)."
+            )
         raise ModelError(
             f"{type(model).__name__}: no layer is up for compression: it has no repeated blocks, or all of it is excluded."
             ' Name its layers: --include "*", in Python structure=structure_of(model, include=["*"]).'
