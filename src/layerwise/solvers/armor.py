@@ -26,7 +26,7 @@ from .armor_fit import Fit, adam, exact, fitted
 from .armor_state import State, Target, core_curvature, core_gradient, loss, residual, start
 from .base import FACTORIZES, Solved, Treated, checked
 from .factors import Factors
-from .masking import check_weights
+from .masking import calibrated, check_weights
 from .nowag import EPSILON, Normalised, normalise, power_of
 from .select import keep_nm
 
@@ -75,8 +75,7 @@ class ARMOR:
         generators: Sequence[torch.Generator],
     ) -> list[Solved]:
         """See `Solver.solve`. Raises ShapeError, or SolveError for weights or inputs that are not finite, or factors that overflow."""
-        if inputs is None:
-            raise ConfigError("ARMOR needs calibration data: give inputs.")
+        inputs = calibrated("ARMOR", inputs)
         every = checked(self, treatments)
         check_weights(weights, inputs)
         power, note = power_of(inputs, reference=self.reference)

@@ -27,7 +27,7 @@ from .base import PRUNES, QUANTIZES, Solved, Treated, checked
 from .column_grids import ColumnGrids
 from .factor import Factor, factorise
 from .grids import Grid, ScaleName, check_grid, scale_dtype_of
-from .masking import check_weights, keep_by_score, masked, why_blind
+from .masking import calibrated, check_weights, keep_by_score, masked, why_blind
 from .round_to_nearest import check_groups, quantized, rounded
 from .sparsegpt import check_sweep, finished
 from .sweep import sweep
@@ -62,8 +62,7 @@ class GPTQ:
         generators: Sequence[torch.Generator],
     ) -> list[Solved]:
         """See `Solver.solve`. Raises ShapeError, or SolveError where weights are not finite or no damping helps."""
-        if inputs is None:
-            raise ConfigError("GPTQ needs calibration data: give inputs, or use the solver round_to_nearest.")
+        inputs = calibrated("GPTQ", inputs, "round_to_nearest")
         ways = checked(self, treatments)
         check_weights(weights, inputs)
         for weight, way in zip(weights, ways, strict=True):

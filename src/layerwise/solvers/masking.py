@@ -21,6 +21,15 @@ def check_compare(solver: str, compare: str) -> None:
         raise ConfigError(f'{solver}.compare="{compare}": give "row" or "layer", the weights that compete for staying.')
 
 
+def calibrated(solver: str, inputs: InputStatistics | None, other: str = "") -> InputStatistics:
+    """The statistics. Raises ConfigError where there are none, offering the solver that needs none."""
+    if inputs is None:
+        raise ConfigError(
+            f"{solver} needs calibration data: give inputs{f', or use the solver {other}' if other else ''}."
+        )
+    return inputs
+
+
 def check_weights(weights: Sequence[Tensor], inputs: InputStatistics | None) -> None:
     """Raise unless the weights are finite matrices with as many columns as the inputs have statistics."""
     if inputs is not None and (bad := inputs.squares.numel() - int(inputs.squares.isfinite().sum())):

@@ -15,10 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..passes.statistics import InputStatistics, Need
 from .base import PRUNES, Solved, Treated, prunes_of
-from .masking import Compare, check_compare, check_weights, keep_by_score, masked, why_blind
+from .masking import Compare, calibrated, check_compare, check_weights, keep_by_score, masked, why_blind
 
 EPSILON = 1e-5  # of the official code
 FLOOR = 1e-6  # share of the mean power that an input counts with at least
@@ -47,8 +46,7 @@ class NoWag:
         generators: Sequence[torch.Generator],
     ) -> list[Solved]:
         """See `Solver.solve`. Raises ShapeError, or SolveError for weights or inputs that are not finite."""
-        if inputs is None:
-            raise ConfigError("NoWag needs calibration data: give inputs, or use the solver magnitude.")
+        inputs = calibrated("NoWag", inputs, "magnitude")
         prunes = prunes_of(self, treatments)
         check_weights(weights, inputs)
         power, note = power_of(inputs, reference=self.reference)

@@ -27,7 +27,7 @@ from ..passes.statistics import InputStatistics, Need
 from ..plan import Prune
 from .base import PRUNES, Solved, Treated, prunes_of
 from .factor import Factor, factorise
-from .masking import check_weights, magnitude_solved, output_error, planned_blocks, why_blind
+from .masking import calibrated, check_weights, magnitude_solved, output_error, planned_blocks, why_blind
 from .select import block_sums, expanded, keep_lowest_out
 from .sweep import Sweep, sweep
 
@@ -56,8 +56,7 @@ class SparseGPT:
         generators: Sequence[torch.Generator],
     ) -> list[Solved]:
         """See `Solver.solve`. Raises ShapeError, or SolveError where weights are not finite or no damping helps."""
-        if inputs is None:
-            raise ConfigError("SparseGPT needs calibration data: give inputs, or use the solver magnitude.")
+        inputs = calibrated("SparseGPT", inputs, "magnitude")
         prunes = prunes_of(self, treatments)
         check_weights(weights, inputs)
         if why := why_blind(inputs):

@@ -13,10 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..passes.statistics import InputStatistics, Need
 from .base import PRUNES, Solved, Treated, prunes_of
-from .masking import Compare, check_compare, check_weights, magnitude_solved, mask_all, why_blind
+from .masking import Compare, calibrated, check_compare, check_weights, magnitude_solved, mask_all, why_blind
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,7 @@ class Wanda:
         generators: Sequence[torch.Generator],
     ) -> list[Solved]:
         """See `Solver.solve`. Raises ShapeError, or SolveError for weights that are not finite."""
-        if inputs is None:
-            raise ConfigError("Wanda needs calibration data: give inputs, or use the solver magnitude.")
+        inputs = calibrated("Wanda", inputs, "magnitude")
         prunes = prunes_of(self, treatments)
         check_weights(weights, inputs)
         if why := why_blind(inputs):
