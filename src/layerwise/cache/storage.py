@@ -51,6 +51,7 @@ class Rows:
         return (torch.cat([codes, *beside], dim=-1).flatten(-2),), found.scale + found.offset
 
     def read(self, parts: Parts, room: int, like: Tensor) -> Tensor:
+        """See `Layout.read`; one pass over the rows."""
         (held,) = parts
         batch, heads, tokens, width = held.shape
         rows = held
@@ -72,6 +73,7 @@ class Planes:
         return parts, found.scale + found.offset
 
     def read(self, parts: Parts, room: int, like: Tensor) -> Tensor:
+        """See `Layout.read`; by Triton on CUDA where it can."""
         packed, scale, offset = parts
         batch, heads, tokens, width = packed.shape
         every = like.new_empty(batch, heads, tokens + room, width * 8 // self.bits)

@@ -80,6 +80,7 @@ class GatherLinear(Form):
         return (result if self.source is None else result.index_select(0, self.source)).t().contiguous()
 
     def dense(self) -> Tensor:
+        """(outputs, inputs), put together from the groups."""
         groups = -(-self.out_features // self.height)
         whole = torch.zeros(
             groups, self.height, self.in_features // self.width, self.width, dtype=self.dtype, device=self.device
