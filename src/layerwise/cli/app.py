@@ -13,6 +13,7 @@ from .commands.evaluate import evaluate
 from .commands.inspect import inspect
 from .commands.methods import methods
 from .commands.plan import plan
+from .commands.recover import recover
 from .commands.speed import speed
 
 app = typer.Typer(
@@ -46,6 +47,7 @@ LOOK, DO = "Look", "Do"
 app.command(rich_help_panel=DO)(demo)
 app.command(rich_help_panel=DO)(plan)
 app.command(rich_help_panel=DO)(compress)
+app.command(rich_help_panel=DO)(recover)
 app.command(rich_help_panel=DO)(evaluate)
 app.command(rich_help_panel=DO)(speed)
 app.command(rich_help_panel=DO)(compare)

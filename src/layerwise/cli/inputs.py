@@ -115,7 +115,7 @@ class DataChoice:
     """Text as asked for, of which windows are drawn (calibration) or read in order (evaluation)."""
 
     source: str | None = None
-    samples: int = 128
+    samples: int | None = 128  # None: of images all
     length: int | None = None
     batch: int | None = None  # None: 1 window of text, 32 images
     seed: int = 0
@@ -153,7 +153,13 @@ class DataChoice:
         seed = self.seed if seed is None else seed
         with screen.task(f"Reading {source}"):
             drawn = text(
-                source, tokenizer, samples=self.samples, length=length, batch=self.batch or 1, seed=seed, bos=self.bos
+                source,
+                tokenizer,
+                samples=self.samples or 128,
+                length=length,
+                batch=self.batch or 1,
+                seed=seed,
+                bos=self.bos,
             )
         drawn = _fitting(drawn, model)
         return continued(drawn) if model.kind == "AutoModelForSeq2SeqLM" else drawn

@@ -22,6 +22,7 @@ from torch import nn
 from ..errors import ConfigError, ModelError, ScoreError
 from ..tasks import undisturbed
 from ..tasks.text import tokenizer_hash
+from ..tasks.undisturbed import random_states
 from .harness_figures import (
     Figure,
     Figures,
@@ -34,7 +35,7 @@ from .harness_figures import (
     unweighted,
     with_errors,
 )
-from .harness_tasks import TaskLike, Tasks, find_tasks, muted, random_states, reason_of, require_lm_eval
+from .harness_tasks import TaskLike, Tasks, find_tasks, muted, reason_of, require_lm_eval
 from .logits import Progress
 from .protocol import Protocol, environment_of
 

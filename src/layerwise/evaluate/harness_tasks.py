@@ -7,7 +7,6 @@ their data from the hub; a file with local data needs no network (see examples/l
 import difflib
 import logging
 import os
-import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -15,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..errors import ConfigError, DataError, MissingExtra
-from ..tasks.undisturbed import go_back_to, random_streams
+from ..tasks.undisturbed import random_states
 
 TaskLike = str | Path | Mapping[str, Any]
 
@@ -89,18 +86,6 @@ def require_lm_eval() -> None:
         if (error.name or "").split(".")[0] != "lm_eval":  # installed but broken: do not tell the user to install it
             raise
         raise MissingExtra("harness needs lm-evaluation-harness: pip install 'layerwise[eval]'.") from error
-
-
-@contextmanager
-def random_states() -> Iterator[None]:
-    """The harness seeds Python, numpy and torch, data sets draw from them: afterwards all are what they were."""
-    python, numpy, streams = random.getstate(), np.random.get_state(), random_streams()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        go_back_to(streams)
 
 
 @contextmanager

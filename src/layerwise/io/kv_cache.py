@@ -5,7 +5,7 @@ from pathlib import Path
 from ..cache import QuantizedKVCache, has_cache
 from ..errors import ModelError
 from ..plan import Plan
-from .load import quiet
+from ..tasks.undisturbed import quiet
 from .places import model_folder
 
 PLAN = "plan.yaml"

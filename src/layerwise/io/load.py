@@ -4,8 +4,6 @@ Everything that can be wrong with a folder is looked at before its weights are r
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
+from ..tasks.undisturbed import quiet
 from .armor_linear import factored as put_in_factors
 from .factored_read import FactoredFolder, factored_folder
 from .packed_read import PackedFolder, dtype_in, packed_folder
@@ -229,22 +228,6 @@ def _to(model: nn.Module, device: str | torch.device) -> nn.Module:
         NotImplementedError,
     ) as error:  # torch raises each of them for an absent device
         raise ModelError(f'device "{device}": {_line(error)} Give cpu, cuda or mps.') from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Transformers' bars and reports off for a moment: what they would say comes as our errors."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _line(error: Exception) -> str:

@@ -19,12 +19,12 @@ from ..passes import store_of
 from ..plan import Plan
 from ..solvers.codes import Codes
 from ..solvers.factors import Factors
+from ..tasks.undisturbed import quiet
 from . import verify as checks
 from .card import card, plain, record
 from .factored_read import ENTRY, RECORD, FactoredReport, factored_report
 from .factored_write import AllFactors, factor_folder, in_factors
 from .kv_cache import PLAN, cache_words
-from .load import quiet
 from .packed_report import PackedReport, packed_report
 from .packed_write import Packing, choose, need_compressed_tensors, pack_folder
 from .places import Loader, loader_of

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, SaveError
 from ..structure import structure_of
+from ..tasks.undisturbed import quiet
 from .factored_read import RECORD, FactoredFolder, factored_folder
-from .load import quiet
 from .packed_read import PackedFolder, dtype_in, packed_folder
 from .places import loader_of, model_folder, read_config
 from .weights import check_file, weight_files

@@ -4,8 +4,10 @@ from .distill import Distillation, distillation_loss
 from .draw import inclusion
 from .fit import fine_tune, warm_cosine
 from .groups import parameter_groups, probabilities_of, rates_of
+from .hidden import relative_error
 from .low_rank import LowRank, LowRankAdam
 from .masks import Masks, hold, masks_of
+from .recovery import Recovered, Recovery
 from .sampling import LayerSampling
 from .start import kaiming_normal, random_masks
 from .temp_balance import TempBalance, learning_rates
@@ -16,6 +18,8 @@ __all__ = [
     "LowRank",
     "LowRankAdam",
     "Masks",
+    "Recovered",
+    "Recovery",
     "TempBalance",
     "distillation_loss",
     "fine_tune",
@@ -28,5 +32,6 @@ __all__ = [
     "probabilities_of",
     "random_masks",
     "rates_of",
+    "relative_error",
     "warm_cosine",
 ]

@@ -54,6 +54,21 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     return _own(model, batch, fields)
 
 
+def targets_of(model: nn.Module, batch: Batch) -> Tensor | None:
+    """What each row of the logits is judged by, IGNORED where by nothing: (batch, tokens) of a model that writes, (batch,) of a classifier.
+
+    None where the loss is of another kind: similarities, the model's own. Raises DataError where labels are lacking.
+    """
+    labels = batch.get("labels")
+    if _generates(model, batch):
+        if not _encodes(model):
+            return _next(_causal(model, batch))
+        if labels is None and "decoder_input_ids" not in batch:
+            raise DataError(_lacks(model, batch, "labels", "which token ids the decoder writes"))
+        return _decoded(batch)
+    return labels if labels is not None and labels.ndim == 1 and not labels.is_floating_point() else None
+
+
 def _causal(model: nn.Module, batch: Batch) -> Tensor:
     """The token ids themselves, or `labels`: those of padding and of images do not count. (batch, tokens)"""
     if (labels := batch.get("labels")) is not None:

@@ -1,8 +1,10 @@
 """Looking at models without leaving a trace."""
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,6 +26,34 @@ def go_back_to(streams: Streams) -> None:
     torch.set_rng_state(cpu)
     if cuda:
         torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def random_states() -> Iterator[None]:
+    """For libraries that seed or draw from the global generators of Python, numpy and torch: afterwards all are what they were."""
+    python, numpy, streams = random.getstate(), np.random.get_state(), random_streams()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        go_back_to(streams)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Transformers' bars and reports off for a moment: what they would say comes as our errors."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 @contextmanager
