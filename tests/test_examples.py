@@ -163,3 +163,11 @@ def test_train_few_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert after < 0.5 * before
     out = capsys.readouterr().out
     assert "model.layers.7: " in out
+
+
+@needs_demo
+def test_recover_quality(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("accelerate")
+    found = example("recover_quality").main("demo", steps=4, length=32)
+    assert found.after < found.before
+    assert "ended since 4 steps" in capsys.readouterr().out

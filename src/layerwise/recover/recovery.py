@@ -151,9 +151,10 @@ class Recovery:
         with ExitStack() as stack:
             stack.enter_context(_locked(folder))
             stack.enter_context(random_states())
-            _begin(folder, {**self._facts(model, data, held_out, teacher, keep), **(facts or {})})
+            known = {**self._facts(model, data, held_out, teacher, keep), **(facts or {})}
             masks = Masks(model, keep) if keep else None
             try:
+                _begin(folder, known)
                 return Stock(self, model, data, measured, loss, masks, folder, progress).run()
             finally:
                 if masks is not None:

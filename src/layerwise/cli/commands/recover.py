@@ -91,17 +91,21 @@ def recover(
     check_output(target, force=force, needed=choice.bytes)
     where = device_of(device)
     source = data or ("python-docs" if "demo" in (model, teacher) else None)
-    asked = DataChoice(source, samples, None if choice.sees else length or min(LENGTH, choice.length(None)), batch, seed)
+    asked = DataChoice(
+        source, samples, None if choice.sees else length or min(LENGTH, choice.length(None)), batch, seed
+    )
+    vocabulary = None if dense is None or choice.sees else _vocabulary(choice, dense)
     train, judged = TrainingData(asked, held_out).read(choice, screen)
-    job = _Job(settings, choice, dense, train, judged, where, work or target.with_name(f"{target.name}.work"))
+    job = _Job(settings, choice, dense, vocabulary, train, judged, work or target.with_name(f"{target.name}.work"))
     loaded = choice.load(screen)
     taught = None if dense is None else dense.load(screen).to(where)
     loaded.to(where)
-    before = _measured(loaded, judged, taught, where, screen, "Measuring the model as it is")
+    beside = taught if vocabulary is None else None  # predictions over tables of two sizes have no divergence
+    before = _measured(loaded, judged, beside, where, screen, "Measuring the model as it is")
     result = job.run(loaded, taught, screen)
     stored = dtype_of(str(choice.config.get("dtype") or choice.config.get("torch_dtype") or "float32"))
     loaded.to("cpu", dtype=stored if not isinstance(stored, str) else None)
-    after = _measured(loaded, judged, taught, where, screen, "Measuring it afterwards")
+    after = _measured(loaded, judged, beside, where, screen, "Measuring it afterwards")
     loaded.to("cpu")
     saved = job.save(loaded, target, force, result, screen)
     if plot is not None:
@@ -131,6 +135,21 @@ def _check(choice: ModelChoice, dense: ModelChoice | None) -> None:
         )
 
 
+def _vocabulary(choice: ModelChoice, dense: ModelChoice) -> int | None:
+    """Words that student and teacher share, None where their tables have one size. Raises ModelError where their tokenizers differ."""
+    from ...io import load_tokenizer
+    from ...tasks.text import tokenizer_hash
+
+    ours, theirs = (load_tokenizer(one.name, remote_code=one.remote_code) for one in (choice, dense))
+    if tokenizer_hash(ours) != tokenizer_hash(theirs):
+        raise ModelError(
+            f'teacher "{dense.name}" has another tokenizer than "{choice.name}": its predictions are of other words. Give a teacher of'
+            " the same vocabulary, or none."
+        )
+    sizes = [(one.config.get("text_config") or one.config).get("vocab_size") for one in (choice, dense)]
+    return None if sizes[0] == sizes[1] else min(len(ours), *(size for size in sizes if isinstance(size, int)))
+
+
 @dataclass(frozen=True)
 class _Job:
     """Everything that is decided before work begins."""
@@ -138,26 +157,10 @@ class _Job:
     settings: "Recovery"
     choice: ModelChoice
     dense: ModelChoice | None
+    vocabulary: int | None  # words that both know, where their tables differ in size
     train: "Batches"
     judged: "Batches"
-    device: "torch.device"
     work: Path
-
-    def vocabulary(self) -> int | None:
-        """Words that student and teacher share, None for images. Raises ModelError where their tokenizers differ."""
-        if self.dense is None or self.choice.sees:
-            return None
-        from ...io import load_tokenizer
-        from ...tasks.text import tokenizer_hash
-
-        ours, theirs = (load_tokenizer(one.name, remote_code=one.remote_code) for one in (self.choice, self.dense))
-        if tokenizer_hash(ours) != tokenizer_hash(theirs):
-            raise ModelError(
-                f'teacher "{self.dense.name}" has another tokenizer than "{self.choice.name}": its predictions are of other words. Give a'
-                " teacher of the same vocabulary, or none."
-            )
-        sizes = [(one.config.get("text_config") or one.config).get("vocab_size") for one in (self.choice, self.dense)]
-        return None if sizes[0] == sizes[1] else min(len(ours), *(size for size in sizes if isinstance(size, int)))
 
     def masks(self, model: "nn.Module") -> "dict[str, Tensor] | None":
         """Of what is zero in its matrices; None of a model without zeros."""
@@ -171,7 +174,7 @@ class _Job:
 
     def run(self, model: "nn.Module", teacher: "nn.Module | None", screen: Screen) -> "Recovered":
         """Train; the bar shows the share of the run. An interrupt says how to go on."""
-        keep, vocabulary = self.masks(model), self.vocabulary()
+        keep = self.masks(model)
         if keep is None:
             screen.say("note: no matrix has zeros, so no masks are held.", style="yellow")
         facts = {"model name": self.choice.name, "teacher name": self.dense and self.dense.name}
@@ -186,7 +189,7 @@ class _Job:
 
             try:
                 return self.settings.train(
-                    model, self.train, self.judged, teacher=teacher, keep=keep, work=self.work, vocabulary=vocabulary,
+                    model, self.train, self.judged, teacher=teacher, keep=keep, work=self.work, vocabulary=self.vocabulary,
                     facts=facts, progress=moved,
                 )  # fmt: skip
             except KeyboardInterrupt as error:
