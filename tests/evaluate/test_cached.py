@@ -53,7 +53,9 @@ def test_one_pass_is_what_token_by_token_gives(model, windows):
     whole, single = (evaluate(model, windows, against=model, cache=cache, step=step) for step in (None, 1))
     assert single.kl == pytest.approx(whole.kl, rel=1e-4)
     assert single.protocol["kv_passes"] == "passes of 1"
-    kept = evaluate(model, windows, against=model, cache=cache_of(model, 4, 2, quantize_prefill=False, residual=4), step=1)
+    kept = evaluate(
+        model, windows, against=model, cache=cache_of(model, 4, 2, quantize_prefill=False, residual=4), step=1
+    )
     assert 0 < kept.kl < whole.kl  # its own token is exact
     with pytest.raises(
         ConfigError, match=r"a window in one pass meets nothing quantised\. Make it with quantize_prefill=True"
