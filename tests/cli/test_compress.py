@@ -137,10 +137,10 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_bits(here, same_process, c
     assert main([*COMPRESS, "-o", "once", *stream]) == 0
     write = engine_work.Work.write
 
-    def write_one(self, block, tensors, events):
+    def write_one(self, block, tensors, events, tuned=None):
         if block.endswith(".1"):
             raise stop
-        write(self, block, tensors, events)
+        write(self, block, tensors, events, tuned)
 
     capsys.readouterr()
     with monkeypatch.context() as patch:

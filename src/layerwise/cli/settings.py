@@ -9,7 +9,7 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from ..engine.walk import Propagate
+    from ..engine.settings import Propagate
     from ..evaluate.logits import Convention
     from ..methods import Method
     from ..plan import Plan

@@ -15,17 +15,19 @@ from ..solvers.codes import Codes
 from ..solvers.factors import Factors
 from ..structure import Structure, parameter_of, structure_of
 from ..tasks.batches import Batches, call
-from .events import BlockFinished, BlockStarted, Event, LayerSolved, PassesWaiting
-from .walk import Settings, walk
+from .events import BlockFinished, BlockStarted, BlockTuned, Event, LayerSolved, PassesWaiting
+from .settings import Settings
+from .tuning import Tuner
+from .walk import walk
 from .work import Kept, Work
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a walk did. `seconds`: collect, solve, propagate, and total wall time. `kept`: weights of the layers that the plan names
-    and leaves whole; they count in its budget. `codes`: of each quantized layer, on the CPU, a byte a weight; the matrices of a layer
-    (experts, groups of a convolution) row under row. `factors`: of each factorized layer. Of a streamed model both are read from the work
-    folder when asked for."""
+    """What a walk did. `seconds`: collect, solve, propagate, tune where it was, and total wall time. `kept`: weights of the layers that
+    the plan names and leaves whole; they count in its budget. `codes`: of each quantized layer, on the CPU, a byte a weight; the matrices
+    of a layer (experts, groups of a convolution) row under row. `factors`: of each factorized layer. Of a streamed model both are read
+    from the work folder when asked for. `tuned`: of each block that was tuned."""
 
     layers: tuple[LayerSolved, ...]
     seconds: dict[str, float]
@@ -35,6 +37,7 @@ class Result:
     waiting: Waiting | None = None  # the estimate of what calibration held in memory; None without calibration
     codes: Mapping[str, Codes] = field(default_factory=dict, repr=False, compare=False)
     factors: Mapping[str, Factors] = field(default_factory=dict, repr=False, compare=False)
+    tuned: tuple[BlockTuned, ...] = ()
     model_bits: float | None = (
         None  # true bits per parameter, dense parts counted; None if nothing was quantized or factorized
     )
@@ -101,9 +104,11 @@ def compress(
     structure: Structure | None = None,
     forward: Forward = call,
     progress: Callable[[Event], None] | None = None,
+    tuner: Tuner | None = None,
 ) -> Result:
     """Apply the plan to the model in place, block by block. Errors as of `walk`.
 
+    tuner: tunes every solved block before the next is met, such as `recover.Reconstruction()`.
     data: calibration batches; a solver that looks at weights alone needs none. progress: called with every event.
     """
     if data is not None and not isinstance(data, Batches):  # else it shows when the model is pruned already
@@ -117,9 +122,10 @@ def compress(
     coded: dict[str, str] = {}  # quantized layer -> block
     factored: dict[str, str] = {}
     streamed, block = store_of(model) is not None, ""
+    tuned: list[BlockTuned] = []
     waiting: Waiting | None = None
     seconds = {"collect": 0.0, "solve": 0.0, "propagate": 0.0}
-    for event in walk(model, plan, solver, data, settings=settings, structure=structure, forward=forward):
+    for event in walk(model, plan, solver, data, settings=settings, structure=structure, forward=forward, tuner=tuner):
         if progress is not None:
             progress(event)
         if isinstance(event, LayerSolved):
@@ -134,13 +140,15 @@ def compress(
                     factors[event.layer] = event.factors
         elif isinstance(event, BlockStarted):
             block = event.block
+        elif isinstance(event, BlockTuned):
+            tuned.append(event)
         elif isinstance(event, PassesWaiting):
             waiting = event.waiting
         elif isinstance(event, BlockFinished):
             for part, spent in event.seconds.items():
-                seconds[part] += spent
+                seconds[part] = seconds.get(part, 0.0) + spent
     seconds["total"] = time.perf_counter() - started
-    facts = {**data.protocol, "hash": data.hash} if data is not None and solver.needs != "none" else {}
+    facts = {**data.protocol, "hash": data.hash} if data is not None and (solver.needs != "none" or tuner) else {}
     solved = {layer.layer for layer in layers}
     whole = plan.zeros(structure.layers).keys() - solved
     kept = sum(layer.size for layer in structure.layers if layer.name in whole)
@@ -153,6 +161,7 @@ def compress(
         waiting,
         Kept(_work(settings).codes_of, coded) if streamed and coded else codes,
         Kept(_work(settings).factors_of, factored) if streamed and factored else factors,
+        tuple(tuned),
         _model_bits(model, structure, layers) if coded or factored else None,
     )
 

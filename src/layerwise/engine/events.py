@@ -43,14 +43,30 @@ class LayerSolved:
 
 
 @dataclass(frozen=True)
+class BlockTuned:
+    """A solved block was tuned to give what the dense one gave (`tuning.Tuner`).
+
+    before, after: ||output - target||^2 over ||target||^2 on calibration batches that it was not tuned on. note: why it was left as it
+    was solved, or empty.
+    """
+
+    block: str
+    before: float
+    after: float
+    steps: int
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class BlockFinished:
     """A block is done, and written to the work folder where there is one."""
 
     block: str
     index: int
     total: int
-    seconds: dict[str, float] = field(default_factory=dict)  # collect, solve, propagate
+    seconds: dict[str, float] = field(default_factory=dict)  # collect, solve, propagate, and tune where it was
     resumed: bool = False  # taken from the work folder, not solved again
 
 
-Event = PassesWaiting | BlockStarted | LayerSolved | BlockFinished
+Event = PassesWaiting | BlockStarted | LayerSolved | BlockTuned | BlockFinished

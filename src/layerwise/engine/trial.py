@@ -14,8 +14,9 @@ from ..solvers.base import Solver
 from ..structure import Layer, Structure, parameter_of
 from ..tasks.batches import Batches
 from .compress import compress
+from .settings import Settings
 from .solving import solve_group
-from .walk import Settings, check, check_solver
+from .walk import check, check_solver
 
 
 @dataclass

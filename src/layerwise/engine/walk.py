@@ -6,59 +6,27 @@ one single pass instead: a run less per block, and statistics that do not know w
 """
 
 import hashlib
-import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import nn
 
 from ..errors import ConfigError, DataError, PlanError, WalkError
-from ..passes import Collector, Forward, Pass, PausedPasses, SharedInput, at_hand, spilling, store_of, waiting_of
+from ..passes import Forward, PausedPasses, spilling, store_of, waiting_of
 from ..plan import Plan, Treatments
 from ..solvers.base import Solver, refusal
-from ..structure import Layer, Structure, factorable, structure_of
+from ..structure import Structure, factorable, structure_of
 from ..tasks.batches import Batch, Batches, call
 from ..version import __version__
-from .events import BlockFinished, BlockStarted, Event, LayerSolved, PassesWaiting
+from .events import Event, PassesWaiting
 from .ranks import Ranks
-from .solving import solve_groups
+from .settings import Settings
+from .steps import Steps, Unit
+from .tuning import Tuner
 from .work import Work
-
-Propagate = Literal["compressed", "dense"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the walk is done; what is done is in the plan and the solver.
-
-    device: where each block is for its turn; None: where the model is. work: a folder that finished blocks are written to, and from
-    which a killed run goes on; a `Work` that is entered already stays the caller's. seed: of solvers that draw. alone: do all of it in
-    this process, also under torchrun. spill: a folder for files in which calibration batches keep their activations while they wait
-    (the model must be on the CPU; its blocks may go to a device); None: in memory. The result is the same to the bit.
-    """
-
-    propagate: Propagate = "compressed"
-    device: torch.device | None = None
-    work: str | Work | None = None
-    seed: int = 0
-    alone: bool = False
-    spill: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.propagate not in ("compressed", "dense"):
-            raise ConfigError(f'propagate="{self.propagate}": give "compressed" or "dense".')
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What the walk stops at: a block, or a module outside every block that owns a layer."""
-
-    name: str
-    layers: tuple[Layer, ...]  # those that the plan treats
 
 
 def walk(
@@ -70,12 +38,14 @@ def walk(
     settings: Settings | None = None,
     structure: Structure | None = None,
     forward: Forward = call,
+    tuner: Tuner | None = None,
 ) -> Iterator[Event]:
     """Apply the plan to the model in place; yields as it goes, and works only while the caller takes the events.
 
-    structure: every weight that the plan may name; found anew when None. Raises before any work: PlanError (the plan does not fit),
-    DataError (the solver needs data), ConfigError (the work folder is another run's, or in use). On the way: StatisticsError, SolveError,
-    WalkError, SaveError, all naming the layer or file.
+    structure: every weight that the plan may name; found anew when None. tuner: tunes every solved block before the next is met.
+    Raises before any work: PlanError (the plan does not fit), DataError (solver or tuner needs data), ConfigError (the work folder is
+    another run's, or in use; a tuner under torchrun). On the way: StatisticsError, SolveError, WalkError, SaveError, all naming the layer
+    or file, and what the tuner raises.
     """
     if not hasattr(solver, "solve"):
         raise ConfigError(f"solver={solver!r}: give a solver, such as layerwise.solvers.Wanda().")
@@ -85,14 +55,16 @@ def walk(
     units = units_of(model, structure, ways)
     check_solver(solver, ways, structure, data)
     ranks = Ranks() if settings.alone else Ranks.current()
+    if tuner is not None:
+        _check_tuner(tuner, model, data, ranks)
     if store_of(model) is not None and not settings.work:
         raise ConfigError("a streamed model needs a work folder to keep its finished blocks in: Settings(work=...).")
     with _opened(settings.work, ranks) as work:
         if work is not None:
-            key = run_key(model, plan, solver, data, settings, structure)
+            key = run_key(model, plan, solver, data, settings, structure, tuner)
             ranks.first_alone(partial(work.begin, key))
-        steps = _Steps(model, ways, solver, settings, ranks, work, len(units))
-        if solver.needs == "none" or data is None:
+        steps = Steps(model, ways, solver, settings, ranks, work, len(units), tuner)
+        if data is None or (solver.needs == "none" and tuner is None):
             for index, unit in enumerate(units):
                 yield from steps.without_data(unit, index)
             return
@@ -156,8 +128,19 @@ def check_solver(solver: Solver, ways: Mapping[str, Treatments], structure: Stru
 def units_of(model: nn.Module, structure: Structure, ways: Mapping[str, Treatments]) -> list[Unit]:
     """Every block, treated or not (passes must be able to stop there), and the modules outside blocks of which a layer is."""
     lone = structure.lone
-    units = [Unit(b.name, tuple(layer for layer in b.layers if layer.name in ways)) for b in (*lone, *structure.blocks)]
+    units = [
+        Unit(one.name, tuple(layer for layer in one.layers if layer.name in ways), index >= len(lone))
+        for index, one in enumerate((*lone, *structure.blocks))
+    ]
     return [unit for index, unit in enumerate(units) if unit.layers or index >= len(lone)]
+
+
+def _check_tuner(tuner: Tuner, model: nn.Module, data: Batches | None, ranks: Ranks) -> None:
+    if data is None or len(data) == 0:
+        raise DataError("blocks are tuned on calibration data: give some (--data).")
+    if ranks.size > 1:
+        raise ConfigError("blocks are tuned by one process alone: start one, without torchrun, or go without.")
+    tuner.check(model, data)
 
 
 def weights_key(model: nn.Module, structure: Structure) -> str:
@@ -174,7 +157,13 @@ def weights_key(model: nn.Module, structure: Structure) -> str:
 
 
 def run_key(
-    model: nn.Module, plan: Plan, solver: Solver, data: Batches | None, settings: Settings, structure: Structure
+    model: nn.Module,
+    plan: Plan,
+    solver: Solver,
+    data: Batches | None,
+    settings: Settings,
+    structure: Structure,
+    tuner: Tuner | None = None,
 ) -> dict[str, str]:
     """Everything that the result depends on, in a form that shows what differs."""
     return {
@@ -184,6 +173,7 @@ def run_key(
         "data": data.hash if data is not None else "none",
         "propagate": settings.propagate,
         "seed": str(settings.seed),
+        "tuned": "no" if tuner is None else repr(tuner.facts()),
         "layerwise": __version__,
         "torch": torch.__version__,
     }
@@ -197,10 +187,13 @@ def _opened(work: str | Work | None, ranks: Ranks) -> AbstractContextManager[Wor
 
 
 def _with_data(
-    model: nn.Module, units: list[Unit], batches: list[Batch], steps: "_Steps", forward: Forward
+    model: nn.Module, units: list[Unit], batches: list[Batch], steps: Steps, forward: Forward
 ) -> Iterator[Event]:
     by_name = {unit.name: unit for unit in units}
     waiting = {unit.name for unit in units if unit.layers}
+    if steps.tuner is not None and steps.tuner.target == "dense" and steps.settings.propagate == "compressed":
+        steps.batches = len(batches)  # each goes through once more, past dense blocks alone
+        batches = [*batches, *batches]
     with PausedPasses(model, list(by_name), batches, forward) as passes:
         yield PassesWaiting(waiting_of(passes))
         for index, (name, standing) in enumerate(passes):
@@ -214,103 +207,3 @@ def _with_data(
     if waiting:
         missed = next(unit.name for unit in units if unit.name in waiting)
         raise WalkError(f'no calibration batch reaches "{missed}"; exclude its layers or give data that does.')
-
-
-@dataclass
-class _Steps:
-    """What is done at one unit."""
-
-    model: nn.Module
-    ways: Mapping[str, Treatments]
-    solver: Solver
-    settings: Settings
-    ranks: Ranks
-    work: Work | None
-    total: int
-
-    def without_data(self, unit: Unit, index: int) -> Iterator[Event]:
-        """Solve a unit from its weights alone."""
-        yield BlockStarted(unit.name, index, self.total)
-        started = time.perf_counter()
-        resumed = self._finished(unit)
-        with at_hand(self.model, unit.name, self.settings.device) as module:
-            if resumed:
-                yield from self._resume(unit)
-            else:
-                groups = [SharedInput([layer], [None] * layer.matrices) for layer in unit.layers]
-                yield from self._solve(unit, groups, module)
-        yield BlockFinished(unit.name, index, self.total, {"solve": time.perf_counter() - started}, resumed)
-
-    def with_data(
-        self, unit: Unit, index: int, standing: list[Pass], *, last: bool
-    ) -> Generator[Event, None, list[object]]:
-        """Collect, solve, and compute what each pass goes on with (nothing after the last unit). Returns the outputs."""
-        yield BlockStarted(unit.name, index, self.total)
-        seconds, device = {"collect": 0.0, "solve": 0.0, "propagate": 0.0}, self.settings.device
-        resumed, dense = self._finished(unit), self.settings.propagate == "dense"
-        outputs: list[object] = []
-        with at_hand(self.model, unit.name, device) as module:
-            started = _now()
-            groups: list[SharedInput] = []
-            if unit.layers and not resumed:
-                keep = dense and not last
-                with Collector(self.model, unit.layers, self.solver.needs, stop_early=not keep) as collector:
-                    for one in standing:
-                        output = collector.run(one, device, fresh=one is standing[0] or standing[0].wrote)
-                        if keep:
-                            outputs.append(output)
-                groups = self.ranks.agree(collector.groups())
-            elif dense and not last:  # the dense block's output, before finished weights are read
-                outputs = [one.run(device, fresh=True) for one in standing]
-            seconds["collect"], started = _now() - started, _now()
-            if resumed:
-                yield from self._resume(unit)
-            elif unit.layers:
-                for group in groups:
-                    first = group.layers[0]
-                    self.ranks.add_up(group.accumulators, first.columns, self.solver.needs, _device_of(module))
-                yield from self._solve(unit, groups, module)
-            seconds["solve"], started = _now() - started, _now()
-            if not last and not dense:
-                outputs = [one.run(device, fresh=standing[0].wrote) for one in standing]
-            seconds["propagate"] = _now() - started
-        yield BlockFinished(unit.name, index, self.total, seconds, resumed)
-        return outputs
-
-    def _finished(self, unit: Unit) -> bool:
-        """Rank 0 looks, for all: it writes the files, and a rank that comes late would see what this run has just written."""
-        if self.work is None or not unit.layers:
-            return False
-        return self.ranks.share_object(self.work.finished(unit.name), 0)
-
-    def _solve(self, unit: Unit, groups: list[SharedInput], module: nn.Module) -> Iterator[LayerSolved]:
-        solved = []
-        for event in solve_groups(self.model, groups, self.ways, self.solver, self.settings.seed, self.ranks):
-            solved.append(event)
-            yield event
-        if self.work and unit.layers and self.ranks.rank == 0:
-            tensors = {f"{unit.name}.{name}": parameter for name, parameter in module.named_parameters()}
-            self.work.write(unit.name, tensors, solved)
-        self.ranks.wait()
-        self._keep(unit)
-
-    def _resume(self, unit: Unit) -> Iterator[LayerSolved]:
-        assert self.work is not None  # noqa: S101  (only then is a unit finished)
-        yield from self.work.read_into(self.model, unit.name)
-        self._keep(unit)
-
-    def _keep(self, unit: Unit) -> None:
-        """A streamed block is read from the work folder from now on."""
-        if self.work and unit.layers and (store := store_of(self.model)) is not None:
-            store.replace(unit.name, self.work.path(unit.name))
-
-
-def _now() -> float:
-    """Seconds, with what was queued on an accelerator done: else its time would be booked on a later step."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))

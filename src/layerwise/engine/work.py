@@ -24,7 +24,7 @@ from ..files import into_place, whole_file
 from ..solvers.codes import Codes
 from ..solvers.factors import PARTS as FACTORS
 from ..solvers.factors import Factors
-from .events import LayerSolved
+from .events import BlockTuned, LayerSolved
 from .lock import FileLock
 
 CODES = ("values", "scale", "zero")  # the tensors of codes
@@ -109,30 +109,36 @@ class Work(AbstractContextManager["Work"]):
         """The report is written last: where it is, the weights are whole."""
         return self.path(block).with_suffix(".json").exists()
 
-    def write(self, block: str, tensors: Mapping[str, Tensor], events: Sequence[LayerSolved]) -> None:
+    def write(
+        self,
+        block: str,
+        tensors: Mapping[str, Tensor],
+        events: Sequence[LayerSolved],
+        tuned: BlockTuned | None = None,
+    ) -> None:
         """tensors: full parameter name -> weight."""
         _write_tensors(self.path(block), tensors)
         for kind, parts in (("codes", CODES), ("factors", FACTORS)):
             if held := {event.layer: one for event in events if (one := getattr(event, kind)) is not None}:
                 tensors = {f"{name}.{part}": getattr(one, part) for name, one in held.items() for part in parts}
                 _write_tensors(self._other_path(block, kind), tensors)
-        report = [_plain(event) for event in events]
+        report = {"layers": [_plain(event) for event in events], "tuned": tuned and dataclasses.asdict(tuned)}
         write_whole(self.path(block).with_suffix(".json"), json.dumps(report).encode())
 
     def codes_of(self, block: str, layer: str) -> Codes:
         """Those of one quantized layer of a finished block. Raises ConfigError if they cannot be read."""
         with self._readable(block):
-            facts = {event["layer"]: event["codes"] for event in self._report(block)}
+            facts = {event["layer"]: event["codes"] for event in self._report(block)["layers"]}
             return self._codes(block, {layer: facts[layer]})[layer]
 
     def factors_of(self, block: str, layer: str) -> Factors:
         """Those of one factorized layer of a finished block. Raises ConfigError if they cannot be read."""
         with self._readable(block):
-            facts = {event["layer"]: event["factors"] for event in self._report(block)}
+            facts = {event["layer"]: event["factors"] for event in self._report(block)["layers"]}
             return self._factors(block, {layer: facts[layer]})[layer]
 
-    def _report(self, block: str) -> list[dict[str, Any]]:
-        report: list[dict[str, Any]] = json.loads(self.path(block).with_suffix(".json").read_text(encoding="utf-8"))
+    def _report(self, block: str) -> dict[str, Any]:
+        report: dict[str, Any] = json.loads(self.path(block).with_suffix(".json").read_text(encoding="utf-8"))
         return report
 
     @contextmanager
@@ -169,19 +175,20 @@ class Work(AbstractContextManager["Work"]):
                 for name, of_layer in facts.items()
             }
 
-    def read_into(self, model: nn.Module, block: str) -> list[LayerSolved]:
+    def read_into(self, model: nn.Module, block: str) -> list[LayerSolved | BlockTuned]:
         """Put a finished block's weights into the model; returns what was reported about it."""
         with self._readable(block):
             with safe_open(self.path(block), framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  (not a dict)
                     parameter = model.get_parameter(name)
                     parameter.data.copy_(file.get_tensor(name))
-            report = self._report(block)
+            whole = self._report(block)
+            report, tuned = whole["layers"], whole["tuned"]
             codes = self._codes(block, {event["layer"]: event["codes"] for event in report if event.get("codes")})
             factors = self._factors(
                 block, {event["layer"]: event["factors"] for event in report if event.get("factors")}
             )
-            return [
+            solved = [
                 LayerSolved(
                     **{
                         **event,
@@ -192,6 +199,7 @@ class Work(AbstractContextManager["Work"]):
                 )
                 for event in report
             ]
+            return [*solved, *([BlockTuned(**tuned)] if tuned else [])]
 
 
 class Kept(Mapping[str, T]):

@@ -58,13 +58,9 @@ class Pass:
 
         def command(waiting: "Pass") -> Any:
             assert waiting.forward is not None  # noqa: S101  (a pass that waits has a block)
-            args, kwargs = waiting.arguments
+            args, kwargs = waiting.inputs(device, fresh=fresh)
             home = _device_of(waiting.arguments)
             moved = device is not None and home is not None and device != home
-            if moved:
-                args, kwargs = _to((args, kwargs), device)
-            elif fresh:
-                args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
             before = [tensor._version for tensor in tensors_of((args, kwargs))]
             try:
                 if watch is not None:
@@ -80,6 +76,16 @@ class Pass:
 
         with torch.no_grad():
             return self.runner.switch(command)
+
+    def inputs(
+        self, device: torch.device | None = None, *, fresh: bool = False
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What it hands to the block it waits at, on the device; fresh: copies where they are there already."""
+        args, kwargs = self.arguments
+        home = _device_of(self.arguments)
+        if device is not None and home is not None and device != home:
+            return _to((args, kwargs), device)
+        return tree_map_only(Tensor, Tensor.clone, (args, kwargs)) if fresh else (args, kwargs)
 
     def go_on(self, output: Any) -> None:
         """Leave the block with this output and run to the next block, or to the end of the model."""

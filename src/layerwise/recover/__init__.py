@@ -7,6 +7,7 @@ from .groups import parameter_groups, probabilities_of, rates_of
 from .hidden import relative_error
 from .low_rank import LowRank, LowRankAdam
 from .masks import Masks, hold, masks_of
+from .reconstruct import Reconstruction
 from .recovery import Recovered, Recovery
 from .sampling import LayerSampling
 from .start import kaiming_normal, random_masks
@@ -18,6 +19,7 @@ __all__ = [
     "LowRank",
     "LowRankAdam",
     "Masks",
+    "Reconstruction",
     "Recovered",
     "Recovery",
     "TempBalance",
