@@ -171,3 +171,10 @@ def test_recover_quality(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     found = example("recover_quality").main("demo", steps=4, length=32)
     assert found.after < found.before
     assert "ended since 4 steps" in capsys.readouterr().out
+
+
+@needs_demo
+def test_reconstruct_blocks(capsys: pytest.CaptureFixture[str]):
+    plain, tuned = example("reconstruct_blocks").main("demo", samples=8, length=32)
+    assert tuned < plain
+    assert "held-out perplexity" in capsys.readouterr().out

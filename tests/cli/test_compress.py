@@ -202,3 +202,31 @@ def test_two_processes_give_the_masks_of_one(tmp_path):
     )  # fmt: skip
     assert failed.returncode != 0
     assert sum(line.startswith("layerwise: ") for line in failed.stderr.splitlines()) == 1
+
+
+def test_blocks_are_tuned_and_the_record_says_so(here, same_process, capsys):
+    asked = [*COMPRESS, "--reconstruct", "--reconstruct-set", "epochs=2", "--reconstruct-set", "lr=1e-3"]
+    assert main([*asked, "-o", "out"]) == 0
+    assert "3 blocks: error " in capsys.readouterr().out
+    assert zeros(here / "out") == LAYERS // 2
+    record = json.loads((here / "out" / "layerwise.json").read_text())["result"]["reconstruction"]
+    assert (record["epochs"], record["lr"], record["target"]) == (2, 1e-3, "dense")
+    assert [one["block"] for one in record["blocks"]] == [f"model.layers.{index}" for index in range(3)]
+    assert main([*COMPRESS, "-o", "plain"]) == 0
+    assert any(not tensor.equal(weights(here / "out")[name]) for name, tensor in weights(here / "plain").items())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--reconstruct-set", "lr=1"], "--reconstruct-set: not used, since it goes with --reconstruct"),
+        (["--reconstruct", "--reconstruct-set", "lrr=1"], 'no setting "lrr". Did you mean "lr"?'),
+        (["--reconstruct", "--reconstruct-set", "lr=0"], "Reconstruction: lr=0.0: give above 0."),
+        (["--reconstruct", "--batch", "4"], "there is 1. Give more samples, or smaller batches (--batch)."),
+    ],
+)
+def test_reconstruction_that_cannot_be_is_refused(here, same_process, capsys, words, said):
+    assert main([*COMPRESS, *words, "-o", "out"]) == 2
+    assert said in capsys.readouterr().err
+    assert not (here / "out").exists()
+    assert not (here / "out.work").exists()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError
+from ..settings import build
 
 if TYPE_CHECKING:
     import torch
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from ..evaluate.logits import Convention
     from ..methods import Method
     from ..plan import Plan
+    from ..recover import Reconstruction
     from ..solvers import Solver
 
     Treatment = Literal["none", "prune", "quantize", "factorize"]
@@ -123,6 +125,16 @@ def solver_of(
     usual = DEFAULT_SOLVERS[treatment]
     chosen = {"name": name or usual} if name or not planned else dict(planned)
     return solver_from({**chosen, **pairs(settings, "--solver-set")})
+
+
+def tuner_of(asked: bool, settings: Sequence[str], seed: int) -> "Reconstruction | None":
+    """What tunes solved blocks, if that is asked for. Raises ConfigError."""
+    if not asked:
+        return None
+    from ..recover import Reconstruction
+
+    given = {"seed": seed, **pairs(settings, "--reconstruct-set")}
+    return build("tuner", {"reconstruction": Reconstruction}, "reconstruction", given)
 
 
 def pairs(words: Sequence[str], option: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`layerwise compress`: plan (or take a plan), prune block by block, save, check what was saved."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +14,16 @@ from ..inputs import DataChoice, ModelChoice, protocol_line
 from ..planning import make_plan, record_of, tried_of, with_facts, with_solver
 from ..running import bar_of, show_notes, work_folder
 from ..screen import Screen, table
-from ..settings import FACTORIZER, MethodChoice, device_of, propagate_of, solver_of, treatment_of
+from ..settings import FACTORIZER, MethodChoice, device_of, propagate_of, solver_of, treatment_of, tuner_of
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ...engine import Result, Settings, Work
+    from ...engine import BlockTuned, Result, Settings, Work
     from ...io import Saved, Target
     from ...methods import KVSearch, Search
     from ...plan import Plan
+    from ...recover import Reconstruction
     from ...solvers import Solver
     from ...tasks import Batches
 
@@ -46,6 +48,8 @@ def compress(
     solver_set: options.SolverSet = None,
     for_: options.For = None,
     dense: options.Dense = False,
+    reconstruct: options.Reconstruct = False,
+    reconstruct_set: options.ReconstructSet = None,
     propagate: options.Propagate = "compressed",
     data: options.Data = None,
     samples: options.Samples = 128,
@@ -70,6 +74,7 @@ def compress(
     [dim]By a plan:[/]      layerwise compress MODEL --plan plan.yaml --solver gptq --data text.jsonl -o out
     [dim]2 of every 4:[/]  layerwise compress MODEL --pattern 2:4 --data text.jsonl -o out
     [dim]In factors:[/]    layerwise compress MODEL --solver armor --pattern 2:4 --data text.jsonl -o out
+    [dim]Won back:[/]      layerwise compress MODEL --sparsity 0.6 --reconstruct --data text.jsonl -o out
     [dim]Short of memory:[/]  layerwise compress MODEL --data text.jsonl --stream --spill scratch -o out
     [dim]Several processes:[/]  torchrun --nproc-per-node 2 -m layerwise compress demo -o out
     """
@@ -104,13 +109,16 @@ def compress(
     chosen = solver_of(solver, solver_set or (), given.solver if given is not None else None, treatment)
     if dense and treatment != "factorize":
         refuse(context, "since only layers in factors are multiplied out", "dense")
+    if not reconstruct:
+        refuse(context, "since it goes with --reconstruct", "reconstruct_set")
+    tuner = tuner_of(reconstruct, reconstruct_set or (), seed)
     more = {"target": for_} if for_ else {}  # of methods that plan for one
     built = None if given is not None else asked.build(seed=seed, solver=chosen.name, **more)
     where = device_of(device)
     ranks = Ranks.join(where)
     check_output(output, force=force, needed=2 * choice.bytes)  # the finished blocks, and the folder made from them
     folder = work or output.with_name(f"{output.name}.work")
-    reads = _reads_data(context, chosen, built)
+    reads = _reads_data(context, chosen, built, tuner)
     drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen) if reads else None
     with work_folder(folder) if ranks.rank == 0 else Work(folder, lock=False) as held:
         settings = Settings(propagate_of(propagate), None if where.type == "cpu" else where, held, seed)
@@ -133,7 +141,7 @@ def compress(
             check_plan(final, linears_of(loaded), target)
             if not stream and any(one.quantize for one in final.layers.values()):
                 need_compressed_tensors()  # now, not after the work
-            job = _Job(choice, loaded, final, chosen, drawn, settings, held, stream, target, dense)
+            job = _Job(choice, loaded, final, chosen, drawn, settings, held, stream, target, dense, tuner)
             result = job.run(screen)
         saved = job.save(output, force, result, screen) if ranks.rank == 0 else None
     if saved is not None:
@@ -141,8 +149,10 @@ def compress(
         _show(job, result, saved, search, screen)
 
 
-def _reads_data(context: typer.Context, solver: "Solver", method: Any) -> bool:
-    """Whether solver or method (None: a plan is given) looks at calibration data; options that nothing reads are refused."""
+def _reads_data(context: typer.Context, solver: "Solver", method: Any, tuner: object) -> bool:
+    """Whether solver, method (None: a plan is given) or tuner looks at calibration data; options that nothing reads are refused."""
+    if tuner is not None:
+        return True
     if solver.needs == "none":
         refuse(context, f"since solver {solver.name} looks at weights alone", "propagate")
     if solver.needs != "none" or (method is not None and method.needs_data):
@@ -170,6 +180,7 @@ class _Job:
     stream: bool
     target: "Target"
     dense: bool
+    tuner: "Reconstruction | None"
 
     def run(self, screen: Screen) -> "Result":
         """The walk."""
@@ -183,6 +194,7 @@ class _Job:
                 data=self.data,
                 settings=self.settings,
                 progress=bar_of(step, screen, self.work),
+                tuner=self.tuner,
             )
 
     def save(self, output: Path, force: bool, result: "Result", screen: Screen) -> "Saved":
@@ -190,9 +202,12 @@ class _Job:
         from ...errors import ModelError
         from ...io import load_image_processor, load_tokenizer, save, save_whole_streamed
 
-        measured = {"sparsity": result.sparsity, "seconds": result.seconds, "calibration": result.data}
+        measured: dict[str, Any] = {"sparsity": result.sparsity, "seconds": result.seconds, "calibration": result.data}
         if result.codes or result.factors:
             measured |= {"bits": result.bits, "nominal_bits": result.nominal_bits, "model_bits": result.model_bits}
+        if self.tuner is not None:
+            blocks = [asdict(one) for one in result.tuned]
+            measured["reconstruction"] = {**self.tuner.facts(), "blocks": blocks}
         with screen.task(f"Saving to {output} and loading it back"):
             more: dict[str, Any] = {
                 "plan": self.plan,
@@ -230,9 +245,11 @@ def _show(job: _Job, result: "Result", saved: "Saved", search: "Search | KVSearc
         said = f"multiplied out and saved dense; in factors they would take {bits}" if job.dense else f"to {bits}"
         rows.add_row("factorized", f"{len(result.factors)} layers {said}")
     rows.add_row("method", f"{job.plan.method.get('name', 'plan')}, solver {job.solver.name}")
+    if result.tuned:
+        rows.add_row("tuned", _tuned_line(result.tuned))
     if job.data is not None:
         rows.add_row("data", escape(protocol_line(job.data)))
-    parts = ", ".join(f"{part} {seconds[part]:.1f}" for part in ("collect", "solve", "propagate"))
+    parts = ", ".join(f"{part} {seconds[part]:.1f}" for part in seconds if part != "total")
     rows.add_row("seconds", f"{seconds['total']:.1f} ({parts})")
     screen.show(f"[bold]{escape(str(saved.folder))}[/]", rows, *saved.lines())
     screen.show_json(
@@ -253,3 +270,11 @@ def _show(job: _Job, result: "Result", saved: "Saved", search: "Search | KVSearc
             },
         }
     )
+
+
+def _tuned_line(tuned: "Sequence[BlockTuned]") -> str:
+    """How far blocks are from the dense ones before and after, as the mean over them; and how many no step helped."""
+    before, after = (sum(getattr(one, which) for one in tuned) / len(tuned) for which in ("before", "after"))
+    left = sum(1 for one in tuned if one.note)
+    said = f"; {left} left as they were solved" if left else ""
+    return f"{len(tuned)} blocks: error {before:.4f} to {after:.4f} of the output's energy, on batches held out{said}"
