@@ -147,6 +147,8 @@ def compress(
         elif isinstance(event, BlockFinished):
             for part, spent in event.seconds.items():
                 seconds[part] = seconds.get(part, 0.0) + spent
+    if (on_grids := _on_grids(model, layers)) or hasattr(model, "layerwise_quantized"):
+        model.layerwise_quantized = on_grids  # type: ignore[assignment]
     seconds["total"] = time.perf_counter() - started
     facts = {**data.protocol, "hash": data.hash} if data is not None and (solver.needs != "none" or tuner) else {}
     solved = {layer.layer for layer in layers}
@@ -164,6 +166,13 @@ def compress(
         tuple(tuned),
         _model_bits(model, structure, layers) if coded or factored else None,
     )
+
+
+def _on_grids(model: nn.Module, layers: Sequence[LayerSolved]) -> tuple[str, ...]:
+    """The layers whose weights lie on a grid now: training them would take them off it (`recover.quantized`)."""
+    before: tuple[str, ...] = getattr(model, "layerwise_quantized", ())
+    solved = {layer.layer: layer.nominal_bits is not None for layer in layers}
+    return (*(name for name in before if name not in solved), *(name for name, coded in solved.items() if coded))
 
 
 def _work(settings: Settings | None) -> Work:

@@ -47,7 +47,10 @@ def load(
             _run_in_factors(model, in_factors, wanted)
         return _to(model, device).eval()
     packed = packed_folder(folder)
-    model = _build(folder, loader, wanted) if packed is None else _build_unpacked(packed, loader, wanted)
+    if packed is None:
+        return _to(_build(folder, loader, wanted), device).eval()
+    model = _build_unpacked(packed, loader, wanted)
+    model.layerwise_quantized = tuple(packed.schemes)  # type: ignore[assignment]  # see recover.quantized
     return _to(model, device).eval()
 
 

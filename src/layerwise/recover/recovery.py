@@ -30,6 +30,7 @@ from ..tasks.undisturbed import random_states
 from .distill import Distillation
 from .held_out import HeldOut
 from .masks import Masks
+from .quantized import refuse_quantized
 
 RUN = "recovery.json"  # in the work folder: which run it belongs to; in each checkpoint: how far it was
 Progress = Callable[["Moment"], None]
@@ -136,12 +137,14 @@ class Recovery:
         settings, data or weights is refused. facts: more that makes runs differ, plain values. The mode, the device and global random
         streams are what they were afterwards.
         Raises ConfigError (settings, another run's folder, nothing to train, float16), DataError (no batches), ModelError (a teacher of
-        another vocabulary), MissingExtra without accelerate, TrainError where a loss is not finite: the model is then in its best state.
+        another vocabulary, quantized weights that take gradients), MissingExtra without accelerate, TrainError where a loss is not
+        finite: the model is then in its best state.
         """
         from .stock import Stock, require_accelerate
 
         require_accelerate()
         _check(model, data, held_out)
+        refuse_quantized(model)
         if self.gradient_checkpointing and not hasattr(model, "gradient_checkpointing_enable"):
             raise ConfigError(f"gradient_checkpointing: {type(model).__name__} does not know it. Leave it out.")
         measured = HeldOut(held_out, teacher)

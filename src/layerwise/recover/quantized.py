@@ -1,0 +1,27 @@
+"""Quantized models are not trained whole: every step would take their weights off the grid that they are stored on."""
+
+from torch import nn
+
+from ..errors import ModelError
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """Raise ModelError where weights that lie on a grid take gradients: `layerwise.load` and `compress` mark such models, transformers'
+    loaders of quantized checkpoints say it in the config."""
+    on_grid = set(getattr(model, "layerwise_quantized", ()))
+    said = getattr(getattr(model, "config", None), "quantization_config", None) is not None
+    if not on_grid and not said:
+        return
+    for name, parameter in model.named_parameters():
+        layer = name.rpartition(".")[0]
+        if parameter.requires_grad and (
+            layer in on_grid or (said and parameter.ndim > 1 and "adapter" not in _kind(model))
+        ):
+            raise ModelError(
+                f'"{name}" is quantized: training would take it off its grid. Train an adapter beside it'
+                " (layerwise.recover.add_adapter), or recover before quantizing; a model that is dense again must be loaded anew."
+            )
+
+
+def _kind(model: nn.Module) -> str:
+    return "adapter" if getattr(model, "layerwise_adapter", None) is not None else ""
