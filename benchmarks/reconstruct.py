@@ -45,7 +45,6 @@ SOLVERS = {
 PAIRS = [
     (form, solver) for form in FORMS for solver in SOLVERS if ("bits" in form) == (solver not in ("wanda", "sparsegpt"))
 ]
-WINDOWS = 2048  # that training may draw
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=Reconstruction.lr, help="of reconstruction")
     parser.add_argument("--targets", default="dense", help="of reconstruction: dense, same")
     parser.add_argument("--full-lr", type=float, default=1e-3, help="of full fine-tuning")
+    parser.add_argument(
+        "--windows", type=int, default=256, help="that full fine-tuning draws from, 16 of them held out"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -82,7 +84,7 @@ def main() -> None:
     for subject in subjects(options):
         protocol = {
             **protocol_of(subject, options),
-            **{name: getattr(options, name) for name in ("batch", "epochs", "lr", "full_lr", "seed")},
+            **{name: getattr(options, name) for name in ("batch", "epochs", "lr", "full_lr", "windows", "seed")},
         }
         shown[subject.name] = protocol
         for cell, row in measured(subject, options, results, protocol):
@@ -150,7 +152,7 @@ def trained(
     model: nn.Module, teacher: nn.Module, subject: Subject, seconds: float, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Full masked fine-tuning for so many seconds, what it measures by the way included."""
-    ids = subject.calibration(WINDOWS, options.length, options.seed + 1)
+    ids = subject.calibration(options.windows, options.length, options.seed + 1)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
         recovery = Recovery(minutes=seconds / 60, lr=options.full_lr, looks=3, seed=options.seed)
@@ -172,7 +174,7 @@ def report(results: Lines, shown: dict[str, dict[str, Any]], options: argparse.N
     yield (
         f"Protocol: {options.dtype}; {options.samples} x {options.length} calibration tokens, {options.batch} samples a step,"
         f" {options.epochs} epochs, lr {options.lr:g} (scales {Reconstruction.ratio_lr:g}); whole: lr {options.full_lr:g}, half of the"
-        f" loss from the dense model, the seconds of reconstruction, {WINDOWS} windows to draw from; one seed. Perplexity on up to"
+        f" loss from the dense model, the seconds of reconstruction, {options.windows} windows to draw from; one seed. Perplexity on up to"
         f" {options.tokens} held-out tokens in windows of {options.length}. Seconds: beyond the solver's own; of other machines' loads"
         " they are not free."
     )

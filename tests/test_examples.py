@@ -178,3 +178,11 @@ def test_reconstruct_blocks(capsys: pytest.CaptureFixture[str]):
     plain, tuned = example("reconstruct_blocks").main("demo", samples=8, length=32)
     assert tuned < plain
     assert "held-out perplexity" in capsys.readouterr().out
+
+
+@needs_demo
+def test_adapter_recovery(capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("peft")
+    before, after = example("adapter_recovery").main("demo", samples=8, length=32)
+    assert before == after
+    assert "numbers trained" in capsys.readouterr().out

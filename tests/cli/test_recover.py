@@ -97,6 +97,8 @@ def one_line(capsys, *words):
         (["-o", "model"], ("exists already", "--force")),
         (["--length", "1000"], ("longest input is 64",)),
         (["--length", "64", "--data", "short.txt"], ("too few to hold some out", "--held-out")),
+        (["--rank", "4"], ("--rank: not used", "--adapter")),
+        (["--adapter", "lora"], ("give hira, shira or masked-lora",)),
         (["--plot", "picture.jpg"], ("ends in .png",)),
     ],
 )
@@ -128,6 +130,42 @@ def test_quantized_models_are_refused(pruned, capsys):
     config.write_text(json.dumps(facts))
     assert main(["recover", "pruned", *SHORT]) == 2
     one_line(capsys, "is quantized", "adapter")
+
+
+@pytest.mark.parametrize("kind", ["hira", "shira", "masked-lora"])
+def test_an_adapter_is_trained_merged_and_leaves_zeros_zero(pruned, capsys, kind):
+    pytest.importorskip("peft")
+    asked = ["recover", "pruned", "--teacher", "model", *SHORT, "--adapter", kind, "--rank", "2", "-o", "out"]
+    assert main(asked) == 0
+    before, after = weights(pruned / "pruned"), weights(pruned / "out")
+    assert before.keys() == after.keys()
+    moved = {name for name, value in after.items() if not value.equal(before[name])}
+    assert moved
+    assert all("layers" in name and "norm" not in name for name in moved)
+    for name in moved:
+        assert torch.equal(before[name] == 0, after[name] == 0), name
+    record = json.loads((pruned / "out/layerwise.json").read_text())["result"]["recovery"]
+    assert record["adapter"] == {"kind": kind, "rank": 2}
+    assert record["settings"]["lr"] == 0.003
+
+
+def test_the_adapter_of_a_quantized_model_is_saved_apart(pruned, capsys):
+    pytest.importorskip("peft")
+    pytest.importorskip("compressed_tensors")
+    from layerwise.io import load
+    from layerwise.recover import load_adapter
+
+    quantize = "--method uniform-bits --bits 4 --solver round_to_nearest --set group=16 -o q -q".split()
+    assert main(["compress", "model", *quantize]) == 0
+    capsys.readouterr()
+    stored = weights(pruned / "q")
+    assert main(["recover", "q", "--teacher", "model", *SHORT, "--adapter", "hira", "--rank", "2", "-o", "out"]) == 0
+    assert "The adapter alone, for q: merged weights would leave its grid." in capsys.readouterr().out
+    assert all(value.equal(stored[name]) for name, value in weights(pruned / "q").items())
+    assert json.loads((pruned / "out/recovery.json").read_text())["recovery"]["adapter"] == {"kind": "hira", "rank": 2}
+    plain, tuned = load("q", dtype="float32"), load_adapter(load("q", dtype="float32"), "out")
+    ids = torch.arange(2, 30)[None]
+    assert not torch.equal(plain(input_ids=ids).logits, tuned(input_ids=ids).logits)
 
 
 def test_a_dense_model_says_that_no_masks_are_held(here, same_process, capsys):

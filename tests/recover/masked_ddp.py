@@ -4,10 +4,10 @@ import sys
 
 import torch
 import transformers
-from matrix import arguments_of, distillation, job, sparse
 from safetensors.torch import save_file
 
 from layerwise.recover import Masks
+from matrix import arguments_of, distillation, job, sparse
 
 
 def main() -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from matrix import ROWS, STEPS, Ids, arguments_of, distillation, job, sparse
 from safetensors.torch import load_file
 from torch.optim import SGD, AdamW, Muon
 from transformers.optimization import Adafactor
 
 from layerwise.recover import LowRank, LowRankAdam, Masks, add_adapter, fine_tune, hold, masks_of, merge_adapter
+from matrix import ROWS, STEPS, Ids, arguments_of, distillation, job, sparse
 
 pytest.importorskip("accelerate")
 

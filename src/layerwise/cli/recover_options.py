@@ -21,7 +21,10 @@ Minutes = Annotated[
     float | None, _option(HOW, "M", "Train for so many minutes.  [dim]default: 10, where --steps is not given[/]")
 ]
 Steps = Annotated[int | None, _option(HOW, "N", "Train for so many steps: the same seed gives the same bits.")]
-Lr = Annotated[float, _option(HOW, "R", "The highest learning rate, of AdamW.", "--lr", show_default=True)]
+Lr = Annotated[
+    float | None,
+    _option(HOW, "R", "The highest learning rate, of AdamW.  [dim]default: 3e-4, of an adapter 2e-3[/]", "--lr"),
+]
 Accumulate = Annotated[
     int,
     _option(HOW, "N", "Batches to one step of the optimiser: as a larger batch, in less memory.", show_default=True),
@@ -36,6 +39,22 @@ Temperature = Annotated[
 Hidden = Annotated[
     float,
     _option(HOW, "W", "With --teacher: weight of the relative errors of the blocks' outputs.", show_default=True),
+]
+AdapterKind = Annotated[
+    str | None,
+    _option(
+        HOW,
+        "KIND",
+        "Train an adapter that leaves zeros zero, the model itself frozen: [bold]hira[/], [bold]shira[/] or [bold]masked-lora[/]. It is"
+        " merged at the end; of a quantized model it is saved apart.",
+        "--adapter",
+    ),
+]
+Rank = Annotated[
+    int,
+    _option(
+        HOW, "N", "With --adapter: its rank (of shira: entries, as many as that rank would have).", show_default=True
+    ),
 ]
 Patience = Annotated[
     int,

@@ -6,20 +6,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.markup import escape
 
-from ...errors import ConfigError, LayerwiseError, ModelError
+from ...errors import ConfigError, ModelError
 from .. import options
 from .. import recover_options as own
 from ..given import check_png, refuse
-from ..inputs import DataChoice, ModelChoice, protocol_line
+from ..inputs import DataChoice, ModelChoice
+from ..recover_tables import SavedApart, measured, show
 from ..running import Stopped
-from ..screen import Screen, table
+from ..screen import Screen
 from ..settings import device_of, dtype_of
 from ..training_data import TrainingData
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from ...recover import Recovered, Recovery
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
 LENGTH = 512  # tokens in a window, where the model's own limit is not less
 MINUTES = 10.0
+LR, ADAPTER_LR = 3e-4, 2e-3
 
 
 def recover(
@@ -35,7 +35,9 @@ def recover(
     teacher: own.Teacher = None,
     minutes: own.Minutes = None,
     steps: own.Steps = None,
-    lr: own.Lr = 3e-4,
+    lr: own.Lr = None,
+    adapter: own.AdapterKind = None,
+    rank: own.Rank = 32,
     accumulate: own.Accumulate = 1,
     alpha: own.Alpha = 0.5,
     temperature: own.Temperature = 1.0,
@@ -70,10 +72,12 @@ def recover(
     screen = Screen(json=json, quiet=quiet)
     if teacher is None:
         refuse(context, "since there is no --teacher to learn from", "alpha", "temperature", "hidden")
+    if adapter is None:
+        refuse(context, "since it goes with --adapter", "rank")
     settings = Recovery(
         minutes=minutes if minutes is not None or steps is not None else MINUTES,
         steps=steps,
-        lr=lr,
+        lr=lr if lr is not None else LR if adapter is None else ADAPTER_LR,
         accumulate=accumulate,
         alpha=alpha,
         temperature=temperature,
@@ -85,10 +89,11 @@ def recover(
     )
     choice = ModelChoice(model, "float32", remote_code=remote_code)  # small steps are lost in bfloat16 weights
     dense = None if teacher is None else ModelChoice(teacher, remote_code=remote_code)
-    _check(choice, dense)
+    _check(choice, dense, adapter)
     check_png(plot, force)
     target = output or choice.folder.with_name(f"{choice.folder.name}-recovered")
-    check_output(target, force=force, needed=choice.bytes)
+    apart = bool(choice.config.get("quantization_config"))  # of a quantized base only the adapter is saved
+    check_output(target, force=force, needed=0 if apart else choice.bytes)
     where = device_of(device)
     source = data or ("python-docs" if "demo" in (model, teacher) else None)
     asked = DataChoice(
@@ -96,16 +101,19 @@ def recover(
     )
     vocabulary = None if dense is None or choice.sees else _vocabulary(choice, dense)
     train, judged = TrainingData(asked, held_out).read(choice, screen)
-    job = _Job(settings, choice, dense, vocabulary, train, judged, work or target.with_name(f"{target.name}.work"))
+    folder = work or target.with_name(f"{target.name}.work")
+    job = _Job(settings, choice, dense, vocabulary, train, judged, folder, adapter, rank, apart)
     loaded = choice.load(screen)
     taught = None if dense is None else dense.load(screen).to(where)
     loaded.to(where)
     beside = taught if vocabulary is None else None  # predictions over tables of two sizes have no divergence
-    before = _measured(loaded, judged, beside, where, screen, "Measuring the model as it is")
+    before = measured(loaded, judged, beside, where, screen, "Measuring the model as it is")
     result = job.run(loaded, taught, screen)
-    stored = dtype_of(str(choice.config.get("dtype") or choice.config.get("torch_dtype") or "float32"))
-    loaded.to("cpu", dtype=stored if not isinstance(stored, str) else None)
-    after = _measured(loaded, judged, beside, where, screen, "Measuring it afterwards")
+    if not apart:
+        loaded.to(
+            "cpu", dtype=dtype_of(str(choice.config.get("dtype") or choice.config.get("torch_dtype") or "float32"))
+        )
+    after = measured(loaded, judged, beside, where, screen, "Measuring it afterwards")
     loaded.to("cpu")
     saved = job.save(loaded, target, force, result, screen)
     if plot is not None:
@@ -113,16 +121,20 @@ def recover(
 
         plot_losses(result.history, plot)
     job.clear()
-    _show(job, result, saved, before, after, plot, screen)
+    show(job.train, job.judged, result, saved, before, after, plot, screen)
 
 
-def _check(choice: ModelChoice, dense: ModelChoice | None) -> None:
+def _check(choice: ModelChoice, dense: ModelChoice | None, adapter: str | None) -> None:
     """Raise what can be known before anything is loaded."""
+    from ...recover import ADAPTERS
+
     _ = choice.bytes
-    if choice.config.get("quantization_config"):
+    if adapter is not None and adapter not in ADAPTERS:
+        raise ConfigError(f'--adapter "{adapter}": give {", ".join(ADAPTERS[:-1])} or {ADAPTERS[-1]}.')
+    if choice.config.get("quantization_config") and adapter is None:
         raise ModelError(
             f'model "{choice.name}" is quantized: training its weights would take them off their grid. Train an adapter beside it'
-            " (layerwise.recover.add_adapter), or recover before quantizing."
+            " (--adapter hira), or recover before quantizing."
         )
     if dense is None:
         return
@@ -161,6 +173,9 @@ class _Job:
     train: "Batches"
     judged: "Batches"
     work: Path
+    adapter: str | None
+    rank: int
+    apart: bool
 
     def masks(self, model: "nn.Module") -> "dict[str, Tensor] | None":
         """Of what is zero in its matrices; None of a model without zeros."""
@@ -174,8 +189,12 @@ class _Job:
 
     def run(self, model: "nn.Module", teacher: "nn.Module | None", screen: Screen) -> "Recovered":
         """Train; the bar shows the share of the run. An interrupt says how to go on."""
-        keep = self.masks(model)
-        if keep is None:
+        from ...recover import add_adapter, merge_adapter
+
+        keep = None
+        if self.adapter is not None:
+            add_adapter(model, self.adapter, self.rank, seed=self.settings.seed)
+        elif (keep := self.masks(model)) is None:
             screen.say("note: no matrix has zeros, so no masks are held.", style="yellow")
         facts = {"model name": self.choice.name, "teacher name": self.dense and self.dense.name}
         with screen.task("Recovering") as step:
@@ -188,18 +207,23 @@ class _Job:
                 )
 
             try:
-                return self.settings.train(
+                result = self.settings.train(
                     model, self.train, self.judged, teacher=teacher, keep=keep, work=self.work, vocabulary=self.vocabulary,
                     facts=facts, progress=moved,
                 )  # fmt: skip
             except KeyboardInterrupt as error:
                 raise Stopped(f"stopped. Run the same command again to go on from {self.work}.") from error
+        if self.adapter is not None and not self.apart:
+            merge_adapter(model)
+        return result
 
     def save(self, model: "nn.Module", target: Path, force: bool, result: "Recovered", screen: Screen) -> Any:
         """The folder, with what compression and recovery measured."""
         from ...io import load_image_processor, load_tokenizer, save
         from ...plan import Plan
 
+        if self.apart:
+            return SavedApart(self.save_adapter(model, target, force, result), self.choice.name)
         plan = self.choice.folder / "plan.yaml"
         with screen.task(f"Saving to {target} and loading it back"):
             try:
@@ -217,6 +241,20 @@ class _Job:
                 dense=self.choice.folder,
             )
 
+    def save_adapter(self, model: "nn.Module", target: Path, force: bool, result: "Recovered") -> Path:
+        """The folder of the adapter alone, whole or not at all."""
+        from ...io import check_output
+        from ...io.whole import whole_folder
+        from ...recover import save_adapter
+
+        with whole_folder(check_output(target, force=force), force=force) as partial:
+            save_adapter(model, partial)
+            facts = {"base": self.choice.name, "recovery": self.record(result)}
+            (partial / "recovery.json").write_text(
+                plain_json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8"
+            )
+        return target
+
     def _before(self) -> dict[str, Any]:
         """What layerwise.json of the compressed model says was measured."""
         try:
@@ -230,6 +268,7 @@ class _Job:
         figures = {name: value for name, value in result.to_dict().items() if name != "history"}
         return {
             "settings": asdict(self.settings),
+            "adapter": None if self.adapter is None else {"kind": self.adapter, "rank": self.rank},
             "teacher": None if self.dense is None else self.dense.name,
             "data": dict(self.train.protocol),
             "judged on": dict(self.judged.protocol),
@@ -240,74 +279,3 @@ class _Job:
         from ...recover.recovery import clear
 
         clear(self.work)
-
-
-def _measured(
-    model: "nn.Module",
-    judged: "Batches",
-    teacher: "nn.Module | None",
-    device: "torch.device",
-    screen: Screen,
-    title: str,
-) -> dict[str, float | None]:
-    """Perplexity (accuracy of a classifier) and distance from the teacher on the held-out data, and the share of zeros."""
-    from ...evaluate import accuracy, evaluate
-
-    sees = "pixel_values" in judged[0]
-    with screen.task(title) as step:
-        if sees:
-            seen = accuracy(model, judged, against=teacher, device=device, progress=step)
-            figures = {"accuracy": seen.top1, "same": seen.agreement}
-        else:
-            found = evaluate(model, judged, against=teacher, device=device, progress=step)
-            figures = {
-                "perplexity": found.perplexity,
-                "kl": found.kl,
-                "same": found.top1,
-                "dense": found.dense_perplexity,
-            }
-    matrices = [one for one in model.parameters() if one.ndim > 1]
-    zeros = sum(one.numel() - int(one.count_nonzero()) for one in matrices)
-    return {**figures, "zeros": zeros / max(1, sum(one.numel() for one in matrices))}
-
-
-def _show(
-    job: _Job,
-    result: "Recovered",
-    saved: Any,
-    before: dict[str, Any],
-    after: dict[str, Any],
-    plot: Path | None,
-    screen: Screen,
-) -> None:
-    from ...report import bar_chart
-
-    if result.leaked:
-        raise LayerwiseError(
-            f"{result.leaked} pruned weights are not zero after training: this is a fault, please report it."
-        )
-    sees = "accuracy" in before
-    rows = table("", "accuracy" if sees else "perplexity", *(() if sees else ("KL (nats)",)), "same choice", "zeros")
-    if before.get("dense") is not None:
-        rows.add_row("dense", f"{before['dense']:.3f}", "0.0000", "100.00%", "")
-    for name, figures in (("before", before), ("after", after)):
-        same = "–" if figures["same"] is None else f"{figures['same']:.2%}"
-        kl = () if sees else ("–" if figures["kl"] is None else f"{figures['kl']:.4f}",)
-        first = f"{figures['accuracy']:.2%}" if sees else f"{figures['perplexity']:.3f}"
-        rows.add_row(name, first, *kl, same, f"{figures['zeros']:.2%}")
-    losses = {f"step {step}": value for step, _, _, value in result.history if value < float("inf")}
-    went = f"{result.steps} steps in {result.seconds:.0f} s; ended since {result.why}; best at step {result.best}"
-    screen.show(
-        f"[bold]{escape(str(saved.folder))}[/]",
-        rows,
-        "\n[dim]held-out loss[/]",
-        bar_chart(losses, min(72, screen.out.width)),
-        f"\n[dim]{went}{f'; gone on from step {result.resumed}' if result.resumed else ''}[/]",
-        f"[dim]trained on: {escape(protocol_line(job.train))}[/]",
-        f"[dim]measured on: {escape(protocol_line(job.judged))}[/]",
-        *([f"[dim]losses drawn in {escape(str(plot))}[/]"] if plot is not None else []),
-        *saved.lines(),
-    )
-    screen.show_json(
-        {"output": str(saved.folder), "before": before, "after": after, "recovery": result.to_dict(), "plot": plot}
-    )
