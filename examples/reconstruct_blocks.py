@@ -8,6 +8,7 @@ The same as `layerwise compress MODEL --reconstruct`.
 import sys
 
 import layerwise as lw
+from layerwise.evaluate import perplexity
 from layerwise.io import load_tokenizer
 from layerwise.recover import Reconstruction
 
@@ -22,7 +23,7 @@ def main(model_name: str = "demo", text: str = "python-docs", samples: int = 32,
         model = lw.load(model_name)
         plan = lw.methods.Uniform(sparsity=0.6).plan(model)
         result = lw.compress(model, plan, solver=lw.solvers.Wanda(), data=data, tuner=tuner)
-        found.append(lw.evaluate.perplexity(model, judged).value)
+        found.append(perplexity(model, judged).value)
         for block in result.tuned:
             print(f"{block.block}: error {block.before:.4f} -> {block.after:.4f} {block.note}")
     print(f"held-out perplexity {found[0]:.2f} as solved, {found[1]:.2f} with blocks tuned")
