@@ -138,8 +138,12 @@ def test_shira_trains_kept_entries_as_many_as_a_low_rank_would():
 
 
 def test_a_rank_that_the_kept_entries_do_not_hold_is_refused():
+    model = pruned(sparsity=0.9)
+    names = [name for name, _ in model.named_parameters()]
     with pytest.raises(ConfigError, match="give rank"):
-        add_adapter(pruned(sparsity=0.9), "shira", rank=8)
+        add_adapter(model, "shira", rank=8)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(one.requires_grad for one in model.parameters())
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)

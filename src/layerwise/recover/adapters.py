@@ -258,8 +258,9 @@ def _config(model: nn.Module, adapter: Adapter, masks: Mapping[str, Tensor]) -> 
         return peft.HiraConfig(r=adapter.rank, target_modules=names, hira_dropout=adapter.dropout)
     if adapter.kind == "shira":
         config = peft.ShiraConfig(r=adapter.rank, target_modules=names)
-        of = {id(model.get_submodule(name)): name for name in names}
-        config.mask_fn = lambda base, rank, **_: _entries(of[id(base)], masks[of[id(base)]], rank, adapter.seed)
+        # drawn before anything is put on: a layer that keeps too few leaves the model as it was
+        of = {id(model.get_submodule(name)): _entries(name, masks[name], adapter.rank, adapter.seed) for name in names}
+        config.mask_fn = lambda base, rank, **_: of[id(base)]
         return config
     from .masked_lora import MaskedLoraLinear
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LENGTH = 512  # tokens in a window, where the model's own limit is not less
 MINUTES = 10.0
-LR, ADAPTER_LR = 3e-4, 2e-3
+LR, ADAPTER_LR = 3e-4, 3e-3
 
 
 def recover(
