@@ -23,7 +23,9 @@ Minutes = Annotated[
 Steps = Annotated[int | None, _option(HOW, "N", "Train for so many steps: the same seed gives the same bits.")]
 Lr = Annotated[
     float | None,
-    _option(HOW, "R", "The highest learning rate, of AdamW.  [dim]default: 3e-4, of an adapter 3e-3[/]", "--lr"),
+    _option(
+        HOW, "R", "The highest learning rate, of AdamW.  [dim]default: 3e-4, of adapters 3e-3, of hira 1e-2[/]", "--lr"
+    ),
 ]
 Accumulate = Annotated[
     int,

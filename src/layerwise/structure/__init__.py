@@ -1,5 +1,6 @@
 """What a model is made of: stacks of blocks, layers with roles and sizes, and one view of every weight as matrices."""
 
+from .coupled import Coupling, Group, Part, coupled_groups, numbers_of
 from .factorable import factorable
 from .find import structure_of
 from .fused import fused_of
@@ -9,18 +10,23 @@ from .views import as_matrices, from_matrices, in_order, module_of, parameter_of
 
 __all__ = [
     "Block",
+    "Coupling",
     "Granularity",
+    "Group",
     "Kind",
     "Layer",
+    "Part",
     "Stack",
     "Structure",
     "as_matrices",
+    "coupled_groups",
     "factorable",
     "from_matrices",
     "fused_of",
     "groups_of",
     "in_order",
     "module_of",
+    "numbers_of",
     "parameter_of",
     "structure_of",
     "towers_of",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LENGTH = 512  # tokens in a window, where the model's own limit is not less
 MINUTES = 10.0
-LR, ADAPTER_LR = 3e-4, 3e-3
+LR = {None: 3e-4, "hira": 1e-2, "shira": 3e-3, "masked-lora": 3e-3}  # by adapter
 
 
 def recover(
@@ -77,7 +77,7 @@ def recover(
     settings = Recovery(
         minutes=minutes if minutes is not None or steps is not None else MINUTES,
         steps=steps,
-        lr=lr if lr is not None else LR if adapter is None else ADAPTER_LR,
+        lr=LR.get(adapter, 3e-4) if lr is None else lr,
         accumulate=accumulate,
         alpha=alpha,
         temperature=temperature,
