@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .plan import Plan as Plan
     from .runtime import fastest as fastest
     from .runtime import int8_on_cpu as int8_on_cpu
+    from .shrink import register as register
     from .structure import Structure as Structure
     from .structure import structure_of as structure_of
     from .tasks import Batches as Batches
@@ -48,6 +49,7 @@ _HOME = {
     "load": "io",
     "load_cache": "io",
     "load_tokenizer": "io",
+    "register": "shrink",
     "save": "io",
     "structure_of": "structure",
     "text": "tasks",

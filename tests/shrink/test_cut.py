@@ -1,7 +1,6 @@
 """Removing units equals zeroing what reads them, on every architecture that has them, at widths of each layer's own."""
 
 import copy
-import random
 
 import pytest
 import torch
@@ -12,32 +11,13 @@ from layerwise.errors import ConfigError, ModelError
 from layerwise.shrink import shrink, zero_out
 from layerwise.structure.coupled import coupled_groups, numbers_of
 from models import DECODER, MODELS, inputs_for, small_llama
+from shrinking import drawn, outputs
 
 HAS_HEADS = (
     "llama mistral qwen2 qwen3 qwen3_moe mixtral gemma3 phi3 gpt2 gpt_neox opt"
     " gpt_oss llama4 bert vit deit clip llava whisper"
 ).split()
 NONE = ["cifar_resnet"]
-
-
-def drawn(coupling, seed, kinds=("heads", "channels")):
-    """Units to keep of every group, at random: at least one, each layer its own number."""
-    draw = random.Random(seed)  # noqa: S311
-    return {
-        group.name: sorted(
-            draw.sample(range(group.units), group.multiple * draw.randint(1, group.units // group.multiple))
-        )
-        for group in coupling.groups
-        if group.kind in kinds
-    }
-
-
-def outputs(model, batch):
-    with torch.no_grad():
-        found = model.eval()(**batch) if isinstance(batch, dict) else model.eval()(batch)
-    if isinstance(found, torch.Tensor):
-        return [found]
-    return [one for one in found.values() if isinstance(one, torch.Tensor)]
 
 
 def biased(model):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
+from ..shrink import is_narrow, narrow
 from ..tasks.undisturbed import quiet
 from .armor_linear import factored as put_in_factors
 from .factored_read import FactoredFolder, factored_folder
@@ -132,12 +133,21 @@ def _build(folder: Path, loader: Loader, dtype: str | torch.dtype) -> nn.Module:
         options |= {"dtype": dtype, "trust_remote_code": loader.remote_code}
     try:
         with quiet():
-            model, info = loader.get().from_pretrained(folder, local_files_only=True, **options)
+            model, info = _class_of(folder, loader).from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # the library's own code, on files of others: any class may come out
         raise ModelError(f"{folder}: {loader.library} cannot build the model: {_line(error)}") from error
     _check_keys(folder, info)
     assert isinstance(model, nn.Module)  # noqa: S101  (for the type checker)
     return model
+
+
+def _class_of(folder: Path, loader: Loader) -> Any:
+    """The stock class; where config.json names widths of layers, the class that builds them."""
+    if loader.library != "transformers" or loader.remote_code or not is_narrow(read_config(folder)):
+        return loader.get()
+    import transformers
+
+    return narrow(getattr(transformers, str(read_config(folder)["architectures"][0])))
 
 
 def _run_in_factors(model: nn.Module, folder: FactoredFolder, dtype: str | torch.dtype) -> None:
@@ -159,6 +169,7 @@ def _build_unpacked(packed: PackedFolder | FactoredFolder, loader: Loader, dtype
         raise ModelError(
             f"{folder}: packed weights and factors are read into stock classes of transformers, not into code of its own."
         )
+    architecture = narrow(architecture) if is_narrow(read_config(folder)) else architecture
     wanted = dtype if isinstance(dtype, torch.dtype) else dtype_in(read_config(folder))
     try:
         with quiet():

@@ -17,6 +17,7 @@ from ..engine import Result
 from ..errors import LayerwiseError, ModelError, SaveError
 from ..passes import store_of
 from ..plan import Plan
+from ..shrink import is_narrow
 from ..solvers.codes import Codes
 from ..solvers.factors import Factors
 from ..tasks.undisturbed import quiet
@@ -27,7 +28,7 @@ from .factored_write import AllFactors, factor_folder, in_factors
 from .kv_cache import PLAN, cache_words
 from .packed_report import PackedReport, packed_report
 from .packed_write import Packing, choose, need_compressed_tensors, pack_folder
-from .places import Loader, loader_of
+from .places import Loader, loader_of, read_config
 from .targets import Target, check_schemes
 from .verify import Verified
 from .weights import weight_files
@@ -133,6 +134,8 @@ def save(
     before = sum(file.stat().st_size for file in weight_files(Path(dense))) if dense is not None else None
     with whole_folder(whole, force=force) as partial:
         loader = _write_model(model, partial)
+        if loader is not None and loader.library == "transformers" and is_narrow(read_config(partial)):
+            loader = BY_LAYERWISE
         entry: dict[str, str] = {}
         notes = every.notes
         if every:

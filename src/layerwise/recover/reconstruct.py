@@ -37,7 +37,7 @@ class Reconstruction:
     """
 
     epochs: int = 4
-    lr: float = 1e-4  # of weights
+    lr: float = 1e-3  # of weights
     ratio_lr: float = 1e-2  # of the logarithms of scales, and of shifts in steps of the grid
     target: Literal["dense", "same"] = "dense"
     held_out: float = 0.125  # share of the batches that judge, at least one

@@ -1,5 +1,18 @@
 """Treatments that change shapes: channels and heads cut out, whole blocks dropped, what a plan says of both."""
 
-from .cut import Keep, shrink, zero_out
+from .cut import Keep, cut_units, shrink, zero_out
+from .depth import drop_blocks
+from .narrow import is_narrow, narrow, register, settle, widths_of
 
-__all__ = ["Keep", "shrink", "zero_out"]
+__all__ = [
+    "Keep",
+    "cut_units",
+    "drop_blocks",
+    "is_narrow",
+    "narrow",
+    "register",
+    "settle",
+    "shrink",
+    "widths_of",
+    "zero_out",
+]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..structure.coupled import Coupling, Group, coupled_groups
+from ..structure import Coupling, Group, coupled_groups
 
 Keep = Mapping[str, Sequence[int]]
 """Group -> the units that stay."""
@@ -23,10 +23,20 @@ _BY_CONFIG = ("Phi3Attention",)  # reads the number of its query heads in the mo
 def shrink(model: nn.Module, keep: Keep, coupling: Coupling | None = None) -> None:
     """Keep these units of these groups, in place; groups that are not named stay whole. Parameters are new ones: make optimisers after.
 
+    Afterwards a model of transformers says its sizes (`narrow.settle`): in its config where all blocks are alike and the stock class
+    can be built so; else its class becomes one of the same name that saves and loads them.
     Equal to setting all that reads a removed unit to zero, up to rounding. A unit must be left in every group.
     Raises ModelError for a group that the model has not, ConfigError for units that it has not, given twice, or none; nothing has
     changed then. Shared parameters are cut once.
     """
+    cut_units(model, keep, coupling)
+    from .narrow import settle
+
+    settle(model)
+
+
+def cut_units(model: nn.Module, keep: Keep, coupling: Coupling | None = None) -> None:
+    """`shrink` without telling the config: for steps of a longer way, and models that are about to be filled."""
     coupling = coupling or coupled_groups(model)
     chosen = [(coupling[name], _checked(coupling[name], units)) for name, units in keep.items()]
     cuts: dict[tuple[str, int], Tensor] = {}
@@ -63,11 +73,11 @@ def _entries(
 ) -> Tensor:
     """The entries along `dim` that stay: all but those of removed units."""
     size = model.get_parameter(name).shape[dim]
-    stays = torch.ones(size, dtype=torch.bool)
+    stays = torch.ones(size, dtype=torch.bool, device="cpu")
     if (name, dim) in cuts:  # another group cut it, too
-        stays = torch.zeros(size, dtype=torch.bool).index_fill_(0, cuts[name, dim], True)
-    gone = torch.ones(len(index), dtype=torch.bool)
-    gone[torch.tensor(list(units))] = False
+        stays = torch.zeros(size, dtype=torch.bool, device="cpu").index_fill_(0, cuts[name, dim], True)
+    gone = torch.ones(len(index), dtype=torch.bool, device="cpu")
+    gone[list(units)] = False
     stays[index[gone].flatten()] = False
     return stays.nonzero().flatten()
 

@@ -196,11 +196,12 @@ def _dim(layer: Layer, side: str) -> int:
 
 
 def _each(width: int) -> Tensor:
-    return torch.arange(width).unsqueeze(1)
+    # on the CPU whatever the default: a model may be built without memory around us
+    return torch.arange(width, device="cpu").unsqueeze(1)
 
 
 def _gate_up(width: int, *, interleaved: bool) -> Tensor:
-    each = torch.arange(width).unsqueeze(1)
+    each = torch.arange(width, device="cpu").unsqueeze(1)
     return torch.cat([2 * each, 2 * each + 1] if interleaved else [each, each + width], dim=1)
 
 

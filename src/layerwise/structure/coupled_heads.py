@@ -80,4 +80,4 @@ def _in_one(model: nn.Module, block: Block, name: str, qkv: Layer, o: Layer, kin
 
 def _blocks(units: int, entries: int) -> Tensor:
     """(units, entries): consecutive entries for each unit."""
-    return torch.arange(units * entries).view(units, entries)
+    return torch.arange(units * entries, device="cpu").view(units, entries)

@@ -1,0 +1,240 @@
+"""Transformers models whose layers have widths of their own: classes that build, save and load them.
+
+`narrow(LlamaForCausalLM)` is the stock class with two differences: it is built from the config's dense sizes and then cut to the widths
+that the config names, and it writes these into config.json. Decoders use transformers' own `per_layer_config` there (layer -> what
+differs); models that this cannot say (several stacks, several MLPs in a block) name their groups under `layerwise_widths`. A stock class
+refuses such a folder with an error, or builds it after `register()`. Widths that are the same in all blocks need none of this.
+"""
+
+import contextlib
+import copy
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..structure import Coupling, Group, coupled_groups, structure_of
+from .cut import cut_units
+
+PER_LAYER, WIDTHS = "per_layer_config", "layerwise_widths"  # in config.json
+_CHANNELS = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size")
+_HEADS, _KV_HEADS = "num_attention_heads", "num_key_value_heads"
+
+
+def settle(model: nn.Module) -> None:
+    """Let a model that was cut say its sizes: in its config where all blocks are alike and the stock class can be built so, else by
+    becoming `narrow`. Models of other libraries stay as they are."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return
+    stock = stock_class(model)
+    now = coupled_groups(model)
+    if widths_of(model, now) and (config := _alike(model, stock, now)) is not None:
+        for name, value in config.items():
+            setattr(model.config, name, value)
+    model.__class__ = narrow(stock) if widths_of(model, now) else stock  # type: ignore[arg-type]
+
+
+def widths_of(model: nn.Module, coupling: Coupling | None = None) -> dict[str, int]:
+    """Group -> units, of groups that are not as wide as the model's config says."""
+    coupling = coupling or coupled_groups(model)
+    dense = {group.name: group.units for group in coupled_groups(_built(stock_class(model), model.config)).groups}
+    return {group.name: group.units for group in coupling.groups if dense.get(group.name) != group.units}
+
+
+def stock_class(model: nn.Module) -> type[Any]:
+    """The class of transformers, also of a narrow model."""
+    kind = type(model)
+    return kind.__mro__[1] if "layerwise_narrow" in vars(kind) else kind
+
+
+@cache
+def narrow(architecture: type[Any]) -> type[Any]:
+    """The class of this name whose layers have the widths that its config says. Its config is then that of the dense sizes."""
+    if "layerwise_narrow" in vars(architecture):
+        return architecture
+
+    def __init__(self: Any, config: Any, *more: Any, **options: Any) -> None:  # noqa: N807
+        plain, layers, groups = taken_apart(config)
+        architecture.__init__(self, plain, *more, **options)
+        if layers or groups:
+            cut_to(self, layers, groups)
+
+    def save_pretrained(self: Any, folder: Any, *more: Any, **options: Any) -> Any:
+        found = architecture.save_pretrained(self, folder, *more, **options)
+        write_widths(self, Path(folder))
+        return found
+
+    members = {"__init__": __init__, "save_pretrained": save_pretrained, "layerwise_narrow": True}
+    return type(
+        architecture.__name__,
+        (architecture,),
+        {**members, "__module__": architecture.__module__, "__doc__": architecture.__doc__},
+    )
+
+
+def taken_apart(config: Any) -> tuple[Any, dict[int, dict[str, int]], dict[str, int]]:
+    """A config's dense sizes, what it says of each layer, and what of groups."""
+    groups = dict(getattr(config, WIDTHS, None) or {})
+    if not groups and not getattr(config, "is_heterogeneous", False):
+        return config, {}, {}
+    plain = copy.deepcopy(config)
+    layers: dict[int, dict[str, int]] = {}
+    if getattr(config, "is_heterogeneous", False):
+        layers = {int(index): dict(one) for index, one in (config.to_dict().get(PER_LAYER) or {}).items()}
+        plain.per_layer_config = None
+    plain.__dict__.pop(WIDTHS, None)
+    return plain, layers, groups
+
+
+def cut_to(model: nn.Module, layers: Mapping[int, Mapping[str, int]], groups: Mapping[str, int]) -> None:
+    """Cut a dense model, whose weights are about to be read, to these widths. Raises ModelError for groups that it has not."""
+    coupling = coupled_groups(model)
+    wanted = dict(groups)
+    if layers:
+        for index, block in enumerate(structure_of(model).blocks):
+            said = layers.get(index, {})
+            for group in (one for one in coupling.groups if one.block == block.name):
+                names = (_KV_HEADS, _HEADS) if group.kind == "heads" else _CHANNELS
+                units = next((said[name] for name in names if name in said), None)
+                if units is not None:
+                    wanted[group.name] = (
+                        units if group.kind == "channels" or _KV_HEADS in said else units // group.queries
+                    )
+    cut_units(model, {name: range(units) for name, units in wanted.items()}, coupling)
+
+
+def write_widths(model: nn.Module, folder: Path) -> None:
+    """Put the widths of a model into the config.json that was written for it."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config.pop(PER_LAYER, None)
+    config.pop(WIDTHS, None)
+    coupling = coupled_groups(model)
+    if widths := widths_of(model, coupling):
+        by_layer = _by_layer(model, coupling)
+        said = by_layer is not None and _reads(model.config, {**config, PER_LAYER: by_layer})
+        config |= {PER_LAYER: by_layer} if said else {WIDTHS: widths}
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _reads(config: Any, written: dict[str, Any]) -> bool:
+    """Whether the config's own class reads this: some check sizes that they no longer can when layers differ (GPT-NeoX)."""
+    try:
+        type(config).from_dict(written)
+    except Exception:  # the class's own checks
+        return False
+    return True
+
+
+def is_narrow(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json names widths of layers."""
+    return bool(config.get(PER_LAYER) or config.get(WIDTHS))
+
+
+def register() -> None:
+    """Let transformers' Auto classes of language models and classifiers build models with widths of each layer in this process:
+    `AutoModelForCausalLM.from_pretrained(folder)` then does what `layerwise.load` does. Twice is as good as once."""
+    import transformers
+
+    for name in (
+        "AutoModelForCausalLM",
+        "AutoModel",
+        "AutoModelForSequenceClassification",
+        "AutoModelForImageClassification",
+    ):
+        auto = getattr(transformers, name)
+        if not isinstance(auto._model_mapping, _Narrowing):
+            auto._model_mapping = _Narrowing(auto._model_mapping)
+
+
+class _Narrowing:
+    """A table of transformers from config classes to model classes, whose classes are narrow."""
+
+    def __init__(self, table: Any) -> None:
+        self._table = table
+
+    def __getitem__(self, config: type) -> Any:
+        found = self._table[config]
+        return tuple(narrow(one) for one in found) if isinstance(found, (list, tuple)) else narrow(found)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._table, name)
+
+    def __contains__(self, config: object) -> bool:
+        return config in self._table
+
+    def __iter__(self) -> Any:
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+
+def _built(stock: type[Any], config: Any) -> nn.Module:
+    """A model of this config without memory."""
+    with torch.device("meta"), contextlib.suppress(AttributeError):
+        return stock(copy.deepcopy(config))  # type: ignore[no-any-return]
+    raise TypeError(stock)  # pragma: no cover
+
+
+def _alike(model: nn.Module, stock: type[Any], coupling: Coupling) -> dict[str, int] | None:
+    """What the config must say for the stock class to be built as the model is; None where it cannot."""
+    by_layer = _by_layer(model, coupling)
+    if by_layer is None:
+        return None
+    one = by_layer.get("0", {})
+    blocks = len(structure_of(model).blocks)
+    if not one or any(by_layer.get(str(index), {}) != one for index in range(blocks)):
+        return None
+    changed = dict(one)
+    if _HEADS in changed and hasattr(model.config, "head_dim"):
+        changed["head_dim"] = next(group.head_dim for group in coupling.groups if group.kind == "heads")
+    config = copy.deepcopy(model.config)
+    for name, value in changed.items():
+        setattr(config, name, value)
+    try:
+        shapes = {name: tuple(p.shape) for name, p in _built(stock, config).named_parameters()}
+    except Exception:
+        return None
+    return changed if shapes == {name: tuple(p.shape) for name, p in model.named_parameters()} else None
+
+
+def _by_layer(model: nn.Module, coupling: Coupling) -> dict[str, dict[str, int]] | None:
+    """Layer -> names of the config and their values, of what differs; None where a config cannot say it layer by layer."""
+    structure, config = structure_of(model), model.config
+    if len(structure.stacks) != 1 or getattr(config, "num_hidden_layers", None) != len(structure.blocks):
+        return None
+    dense = {group.name: group for group in coupled_groups(_built(stock_class(model), config)).groups}
+    found: dict[str, dict[str, int]] = {}
+    for index, block in enumerate(structure.blocks):
+        own = [group for group in coupling.groups if group.block == block.name]
+        if len({group.kind for group in own}) < len(own):
+            return None
+        for group in own:
+            if group.units == dense[group.name].units:
+                continue
+            names = _names(config, dense[group.name], group)
+            if names is None:
+                return None
+            found.setdefault(str(index), {}).update(names)
+    return found
+
+
+def _names(config: Any, dense: Group, group: Group) -> dict[str, int] | None:
+    if group.kind == "channels":
+        name = next((one for one in _CHANNELS if getattr(config, one, None) == dense.units), None)
+        return None if name is None else {name: group.units}
+    if getattr(config, _HEADS, None) != dense.heads:
+        return None
+    names = {_HEADS: group.heads}
+    if getattr(config, _KV_HEADS, None) is not None:
+        names[_KV_HEADS] = group.units
+    elif group.queries != 1:
+        return None
+    return names
