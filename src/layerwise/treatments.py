@@ -200,15 +200,45 @@ class Factorize(Record):
 
 
 class Resize(Record):
-    """Keep this many heads, key/value heads or channels."""
+    """Keep this many heads (key/value heads with their query heads) or channels. `kept` says which; without it those of the largest
+    weights stay."""
 
     heads: Annotated[Count, Field(ge=0)] | None = Field(default=None, description="give the number kept, at least 0")
     kv_heads: Annotated[Count, Field(ge=0)] | None = Field(default=None, description="give the number kept, at least 0")
     channels: Annotated[Count, Field(ge=0)] | None = Field(default=None, description="give the number kept, at least 0")
+    kept: str | None = Field(
+        default=None,
+        description="give the kept key/value heads or channels as x and hexadecimal digits, four a digit (1 = kept), or leave it out",
+    )
+
+    @field_validator("kept", mode="before")
+    @classmethod
+    def _digits(cls, kept: Any) -> Any:
+        return Prune._digits(kept)
 
     @model_validator(mode="after")
     def _something(self) -> "Resize":
-        return _one_or_more(self)
+        if self.heads is None and self.kv_heads is None and self.channels is None:
+            raise ValueError("empty; give heads or kv_heads or channels")
+        if self.channels is not None and (self.heads is not None or self.kv_heads is not None):
+            raise ValueError("heads are of an attention, channels of an MLP: give one of them")
+        if self.kept is not None and self.units is not None and int(self.kept[1:], 16).bit_count() != self.units:
+            raise ValueError(
+                f"kept names {int(self.kept[1:], 16).bit_count()} units, not {self.units}: change one of them"
+            )
+        return self
+
+    @property
+    def units(self) -> int | None:
+        """Channels, or key/value heads; None where only query heads are given."""
+        return self.channels if self.channels is not None else self.kv_heads
+
+    def chosen(self, units: int) -> list[int] | None:
+        """Which of so many units stay; None where `kept` does not say."""
+        if self.kept is None:
+            return None
+        digits = format(int(self.kept[1:], 16), f"0{4 * len(self.kept) - 4}b")
+        return [unit for unit, digit in enumerate(digits[:units]) if digit == "1"]
 
 
 def _cached(bits: int) -> int:

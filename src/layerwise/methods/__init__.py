@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..settings import build
+from .adapt_pruner import AdaptPruner
 from .alpha_pruning import AlphaPruning
 from .armor import Armor
 from .auto import Auto
@@ -10,30 +11,36 @@ from .base import Method
 from .ecoflap import ECoFLaP
 from .erdos_renyi import ER, ERK, ERKPlus
 from .farms import FARMS
+from .flap import FLAP
 from .grasp import GraSP, GraSPRatio
 from .kv_verdict import KVSearch
 from .kvtuner import KVTuner
 from .least_error import LeastError
+from .llm_pruner import LLMPruner
 from .lpvit import LPViT
 from .lwq import LWQ
 from .owl import OWL
 from .owlore import OwLore
 from .random_ratios import RandomRatios
 from .search import Search
+from .shortgpt import ShortGPT
 from .snip import SNIP, SNIPRatio
 from .synflow import SynFlow
 from .uniform import Uniform
 from .uniform_bits import UniformBits
 from .uniform_plus import UniformPlus
+from .width_baselines import MagnitudeWidth, RandomWidth
 
 __all__ = [
     "ER",
     "ERK",
     "FARMS",
+    "FLAP",
     "LWQ",
     "METHODS",
     "OWL",
     "SNIP",
+    "AdaptPruner",
     "AlphaPruning",
     "Armor",
     "Auto",
@@ -43,13 +50,17 @@ __all__ = [
     "GraSPRatio",
     "KVSearch",
     "KVTuner",
+    "LLMPruner",
     "LPViT",
     "LeastError",
+    "MagnitudeWidth",
     "Method",
     "OwLore",
     "RandomRatios",
+    "RandomWidth",
     "SNIPRatio",
     "Search",
+    "ShortGPT",
     "SynFlow",
     "Uniform",
     "UniformBits",
@@ -81,6 +92,12 @@ METHODS: dict[str, type[Method]] = {
     "least-error": LeastError,
     "kvtuner": KVTuner,
     "owlore": OwLore,
+    "magnitude-width": MagnitudeWidth,
+    "random-width": RandomWidth,
+    "llm-pruner": LLMPruner,
+    "flap": FLAP,
+    "shortgpt": ShortGPT,
+    "adapt-pruner": AdaptPruner,
 }
 
 

@@ -1,14 +1,19 @@
 """Treatments that change shapes: channels and heads cut out, whole blocks dropped, what a plan says of both."""
 
+from .apply import Applied, apply, changes_shapes, kept_by
 from .cut import Keep, cut_units, shrink, zero_out
 from .depth import drop_blocks
 from .narrow import is_narrow, narrow, register, settle, widths_of
 
 __all__ = [
+    "Applied",
     "Keep",
+    "apply",
+    "changes_shapes",
     "cut_units",
     "drop_blocks",
     "is_narrow",
+    "kept_by",
     "narrow",
     "register",
     "settle",

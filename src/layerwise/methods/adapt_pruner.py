@@ -1,0 +1,159 @@
+"""Adapt-Pruner: in many small steps, blocks lose heads and channels by how much they change what goes through them
+(Pan et al. 2025, arXiv:2502.03460).
+
+Before every step the model, as pruned so far, is looked at anew: the cosine of each block's input and output sets its share of the
+step, the first-order Taylor score which units go. Needs text and gradients. Departures from the official code: query heads are credited
+to the key head that they are cut with, products and cosines are in float32, blocks that are all alike lose evenly, the last step goes
+only as far as the target asks, and single channels come back where they fit. `reference` follows the code instead.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from ..allocate.adaptive import channels_left, heads_left, next_sparsities, scaled_importance
+from ..allocate.units import fill, lowest_first, parameters_of
+from ..errors import ConfigError
+from ..passes import check_whole
+from ..plan import Plan
+from ..scores import block_influence
+from ..scores.units import unit_taylor
+from ..scores.watching import part
+from ..shrink import cut_units
+from ..structure import Group, Structure, coupled_groups, structure_of
+from ..tasks.batches import Batches
+from .base import needed
+from .widths import Widths, check_share, widths_plan
+
+_FINEST = 40  # halvings of the last step
+
+
+@dataclass(frozen=True)
+class AdaptPruner:
+    """Defaults: the official scripts (50 steps to nothing, amplitude 0.02, cosine, param_first)."""
+
+    name: ClassVar[str] = "adapt-pruner"
+    summary: ClassVar[str] = (
+        "heads and channels in small steps, more where a block changes little of what goes through it"
+    )
+    needs_data: ClassVar[bool] = True
+
+    parameters: float = 0.7  # share of the model's parameters that is kept, or their number
+    step: float = 0.02  # S base: share of each group that a step takes on average
+    amplitude: float = 0.02  # A: at most so much more or less, by importance
+    scale: str = "largest"  # of importances: by the largest distance from the mean, or by rank
+    reference: bool = False  # the official credit of query heads and whole last step
+    min_heads: int = 1
+    min_channels: int = 1
+    multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        check_share("AdaptPruner", self.parameters)
+        if not 0 < self.step < 1 or not 0 <= self.amplitude < 1:
+            raise ConfigError(
+                f"AdaptPruner: step={self.step:g}, amplitude={self.amplitude:g}: give shares, step above 0."
+            )
+        if self.scale not in ("largest", "rank"):
+            raise ConfigError(f'AdaptPruner.scale="{self.scale}": give largest or rank.')
+
+    def plan(self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None) -> Plan:
+        """See `Method.plan`. Works on a copy of the model, which it prunes on the way."""
+        check_whole(model, "Adapt-Pruner")
+        widths = Widths(
+            "AdaptPruner", model, structure, self.parameters,
+            min_heads=self.min_heads, min_channels=self.min_channels, multiple_of=self.multiple_of,
+        )  # fmt: skip
+        batches, pruned = needed("AdaptPruner", data), copy.deepcopy(model)
+        kept = {group.name: [*range(group.units)] for group in widths.groups}
+        sparsities = dict.fromkeys({group.block for group in widths.groups}, 0.0)
+        sparsities = {block.name: 0.0 for block in widths.structure.blocks if block.name in sparsities}
+        importances: dict[str, float] = {}
+        steps = 0
+        while parameters_of(widths.total, widths.sized, {n: len(units) for n, units in kept.items()}) > widths.target:
+            expected = max(steps + 1, round((1 - widths.target / widths.total) / self.step))
+            with part(min(steps, expected - 1), expected):
+                found, importances = self._step(pruned, batches, widths, kept, sparsities)
+            cut_units(pruned, found)
+            kept = {
+                name: [units[place] for place in found.get(name, range(len(units)))] for name, units in kept.items()
+            }
+            steps += 1
+        note = f"{steps} steps of {self.step:g} on average."
+        return widths_plan(self, widths, kept, importances, [note])
+
+    def _step(
+        self,
+        pruned: nn.Module,
+        data: Batches,
+        widths: Widths,
+        kept: Mapping[str, list[int]],
+        sparsities: dict[str, float],
+    ) -> tuple[dict[str, list[int]], dict[str, float]]:
+        """Group -> places, among the units that are left, that stay after one more step; updates `sparsities`. And importances."""
+        structure = structure_of(pruned)
+        groups = coupled_groups(pruned, structure).groups
+        scores = unit_taylor(pruned, data, groups, structure, modulo=self.reference)
+        turns = block_influence(pruned, data, structure)
+        importances = scaled_importance({name: turns[name] for name in sparsities}, self.scale)
+        after = next_sparsities(sparsities, importances, self.step, self.amplitude)
+        counts = self._counts(widths, kept, sparsities, after)
+        sparsities.update(after)
+        if all(counts[name] == len(units) for name, units in kept.items()) and all(s >= 0.99 for s in after.values()):
+            counts = {
+                name: widths.sized[name].allowed(0) for name in kept
+            }  # the schedule has ended; floors hold the rest
+        return {
+            group.name: lowest_first(scores[group.name].tolist(), counts[group.name]) for group in groups
+        }, importances
+
+    def _counts(
+        self, widths: Widths, kept: Mapping[str, list[int]], before: Mapping[str, float], after: Mapping[str, float]
+    ) -> dict[str, int]:
+        """Units after the step, or after as much of it as the target asks."""
+        whole = left(widths, kept, after)
+        if self.reference or parameters_of(widths.total, widths.sized, whole) > widths.target:
+            return whole
+        low, high = 0.0, 1.0
+        for _ in range(_FINEST):
+            middle = (low + high) / 2
+            fits = (
+                parameters_of(widths.total, widths.sized, left(widths, kept, _between(before, after, middle)))
+                <= widths.target
+            )
+            low, high = (low, middle) if fits else (middle, high)
+        found = left(widths, kept, _between(before, after, high))
+        above = left(widths, kept, _between(before, after, low))
+        most = {name: min(len(kept[name]), max(above[name], found[name])) for name in found}
+        sized = {name: widths.sized[name] for name in found}
+        filled = fill(widths.total, sized, widths.target, found, {name: float(count) for name, count in most.items()})
+        return {name: min(count, len(kept[name])) for name, count in filled.items()}
+
+
+def left(widths: Widths, kept: Mapping[str, list[int]], sparsities: Mapping[str, float]) -> dict[str, int]:
+    """Units of each group at these sparsities of its block, of its size at the start, never more than are there."""
+    return {
+        group.name: min(
+            len(kept[group.name]), widths.sized[group.name].allowed(_wanted(group, sparsities[group.block]))
+        )
+        for group in widths.groups
+    }
+
+
+def _wanted(group: Group, sparsity: float) -> int:
+    return (
+        channels_left(group.units, sparsity)
+        if group.kind == "channels"
+        else heads_left(group.units, sparsity, group.head_dim)
+    )
+
+
+def _between(before: Mapping[str, float], after: Mapping[str, float], share: float) -> dict[str, float]:
+    return {name: before[name] + share * (after[name] - before[name]) for name in after}
+
+
+def stage_targets(start: int, end: int, stages: int) -> Iterator[int]:
+    """Parameters after each stage of Adapt-Accel: P_0 - floor((P_0 - P_T) t / T)."""
+    return (start - (start - end) * stage // stages for stage in range(1, stages + 1))

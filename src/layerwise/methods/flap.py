@@ -1,0 +1,82 @@
+"""FLAP: heads and channels that fluctuate least, compared over the whole model, their means kept as biases
+(An et al. 2024, arXiv:2312.11983).
+
+Needs text, no gradients. Departures: mean and variance are exact over all tokens (the code's running statistic aliases its mean); the
+budget is of the whole model's parameters, a unit costing what it takes along (the code fixes 512/3 for a head); a score that is constant
+over a layer gives zeros, not NaN; the threshold's own unit is kept; no layer loses all its heads.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from ..allocate.units import fill, parameters_of
+from ..errors import ConfigError
+from ..plan import Plan
+from ..scores.fluctuation import KINDS, fluctuations, moments
+from ..structure import Structure
+from ..tasks.batches import Batches
+from .base import needed
+from .widths import Widths, check_share, lowest_go, widths_plan
+
+
+@dataclass(frozen=True)
+class FLAP:
+    """Defaults: WIFV, adaptive over layers and modules (AL-AM)."""
+
+    name: ClassVar[str] = "flap"
+    summary: ClassVar[str] = "heads and channels that fluctuate least over the whole model, their means kept as biases"
+    needs_data: ClassVar[bool] = True
+
+    parameters: float = 0.8  # share of the model's parameters that is kept, or their number
+    score: str = "wifv"  # wifv, ifv, wifn
+    square_heads: bool = True  # as the official code does for attentions alone
+    compensate: bool = True  # the mean of what is removed becomes a bias, when the plan is applied
+    min_heads: int = 1
+    min_channels: int = 1
+    multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        check_share("FLAP", self.parameters)
+        if self.score not in KINDS:
+            raise ConfigError(f'FLAP.score="{self.score}": give {", ".join(KINDS)}.')
+
+    def plan(self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None) -> Plan:
+        """See `Method.plan`."""
+        widths = Widths(
+            "FLAP", model, structure, self.parameters,
+            min_heads=self.min_heads, min_channels=self.min_channels, multiple_of=self.multiple_of,
+        )  # fmt: skip
+        seen = moments(model, needed("FLAP", data), widths.groups)
+        found = fluctuations(model, widths.groups, seen, self.score, square_heads=self.square_heads)
+        scores = {name: standard(one) for name, one in found.items()}
+        counts = above_threshold(scores, widths)
+        return widths_plan(self, widths, lowest_go(scores, counts), {n: float(one.mean()) for n, one in found.items()})
+
+
+def standard(scores: Tensor) -> Tensor:
+    """(units,): z-scores over all entries of a module, sample deviation, averaged over each unit's entries. (units, entries) ->"""
+    deviation = scores.std() if scores.numel() > 1 else scores.new_zeros(())
+    if not deviation > 0:
+        return scores.new_zeros(len(scores))
+    return ((scores - scores.mean()) / deviation).mean(1)
+
+
+def above_threshold(scores: Mapping[str, Tensor], widths: Widths) -> dict[str, int]:
+    """How many units of each group lie above one threshold for all, as low as the target lets it be; floors and multiples on top."""
+    pooled = sorted({value for one in scores.values() for value in one.tolist()})
+    low, high = 0, len(pooled)  # keep values from pooled[index] on
+
+    def counts(index: int) -> dict[str, int]:
+        least = pooled[index] if index < len(pooled) else float("inf")
+        return {name: widths.sized[name].allowed(int((one >= least).sum())) for name, one in scores.items()}
+
+    while low < high:
+        middle = (low + high) // 2
+        fits = parameters_of(widths.total, widths.sized, counts(middle)) <= widths.target
+        low, high = (low, middle) if fits else (middle + 1, high)
+    found = counts(low)
+    above = counts(low - 1) if low else found
+    return fill(widths.total, widths.sized, widths.target, found, above)

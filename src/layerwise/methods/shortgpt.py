@@ -1,0 +1,58 @@
+"""ShortGPT: whole blocks go, those that change least what goes through them (Men et al. 2024, arXiv:2403.03853).
+
+Needs text, no gradients. The influence is 1 - mean cosine between a block's input and its raw output, measured once on the dense model.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from ..errors import BudgetError, ConfigError
+from ..plan import Budget, Plan, Treatments
+from ..scores import block_influence
+from ..structure import Structure
+from ..tasks.batches import Batches
+from .assemble import found
+from .base import needed
+from .widths import check_share
+
+
+@dataclass(frozen=True)
+class ShortGPT:
+    """`blocks` drops that many; else as many as bring the model down to `parameters`."""
+
+    name: ClassVar[str] = "shortgpt"
+    summary: ClassVar[str] = "whole blocks go, those that change least what goes through them"
+    needs_data: ClassVar[bool] = True
+
+    parameters: float = 0.8  # share of the model's parameters that is kept, or their number
+    blocks: int = 0  # dropped; 0: as `parameters` says
+
+    def __post_init__(self) -> None:
+        check_share("ShortGPT", self.parameters)
+        if self.blocks < 0:
+            raise ConfigError(f"ShortGPT.blocks={self.blocks}: give the number of blocks that are dropped, or 0.")
+
+    def plan(self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None) -> Plan:
+        """See `Method.plan`. Raises BudgetError where all blocks together hold too little."""
+        structure = found(model, structure)
+        scores = block_influence(model, needed("ShortGPT", data), structure)
+        order = sorted(scores, key=lambda name: (scores[name], [*scores].index(name)))
+        total = sum(parameter.numel() for parameter in model.parameters())
+        sizes = {name: sum(one.numel() for one in model.get_submodule(name).parameters()) for name in order}
+        target = int(total * self.parameters + 1e-6) if self.parameters <= 1 else int(self.parameters)
+        gone: list[str] = []
+        left = total
+        while len(gone) < self.blocks or (not self.blocks and left > target):
+            if len(gone) == len(order) - 1:
+                raise BudgetError(
+                    f"ShortGPT: {left:,} of {total:,} parameters are left with one block. Ask for more, or cut widths, too."
+                )
+            name = order[len(gone)]
+            gone.append(name)
+            left -= sizes[name]
+        said = f"{left:,} of {total:,} parameters stay ({left / total:.2%}) without {len(gone)} of {len(order)} blocks."
+        layers = {name: Treatments(drop=True) for name in scores if name in {*gone}}
+        budget = Budget() if self.blocks else Budget(parameters=target)
+        return Plan(method=self, budget=budget, layers=layers, scores=scores, notes=(said,))

@@ -1,0 +1,115 @@
+"""What methods for width share: groups and their costs, the target, and a plan of the units that stay."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..allocate.units import Sized, check_target, lowest_first, parameters_of
+from ..errors import ConfigError, ModelError
+from ..plan import Budget, Plan, Resize, Treatments
+from ..structure import Coupling, Group, Structure, coupled_groups, numbers_of, structure_of
+from ..treatments import kept_text
+
+__all__ = ["Widths", "check_share", "widths_plan"]
+
+
+def check_share(owner: str, parameters: float) -> None:
+    """Raise ConfigError unless it is a share of the model's parameters, or a number of them."""
+    if not parameters > 0 or (parameters > 1 and parameters != int(parameters)):
+        raise ConfigError(
+            f"{owner}.parameters={parameters:g}: give the share of the model's parameters that is kept, 0 < parameters <= 1, or"
+            " their whole number."
+        )
+
+
+class Widths:
+    """The groups of a model as allocation sees them, and a target in parameters (distinct tensors once, embeddings and all)."""
+
+    def __init__(
+        self,
+        owner: str,
+        model: nn.Module,
+        structure: Structure | None,
+        parameters: float,
+        *,
+        min_heads: int = 1,
+        min_channels: int = 1,
+        multiple_of: int = 1,
+    ) -> None:
+        if min(min_heads, min_channels, multiple_of) < 1:
+            raise ConfigError(f"{owner}: min_heads, min_channels and multiple_of are at least 1.")
+        check_share(owner, parameters)
+        self.owner, self.structure = owner, structure or structure_of(model)
+        self.coupling: Coupling = coupled_groups(model, self.structure)
+        if not self.coupling.groups:
+            reasons = "; ".join(sorted({reason for _, reason in self.coupling.left})) or "it has no blocks"
+            raise ModelError(f"{type(model).__name__} has no heads or channels that can be cut: {reasons}.")
+        self.total = sum(parameter.numel() for parameter in model.parameters())
+        self.target = int(self.total * parameters + 1e-6) if parameters <= 1 else int(parameters)
+        self.sized = {
+            group.name: Sized(
+                group.units,
+                numbers_of(model, group),
+                min(group.units, min_heads if group.kind == "heads" else min_channels),
+                max(group.multiple, multiple_of) if group.kind == "channels" else 1,
+            )
+            for group in self.groups
+        }
+        check_target(self.target, self.total, self.sized, owner)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.coupling.groups
+
+    @property
+    def notes(self) -> list[str]:
+        """What is left whole, and why."""
+        reasons: dict[str, int] = {}
+        for _, reason in self.coupling.left:
+            reasons[reason] = reasons.get(reason, 0) + 1
+        return [f"{count} left whole: {reason}." for reason, count in reasons.items()]
+
+    def evenly(self, eligible: Sequence[str]) -> Any:
+        """For `allocate.units.meet`: every eligible group keeps the same share."""
+        return lambda t: {name: one.units * (1 - t if name in eligible else 1.0) for name, one in self.sized.items()}
+
+
+def widths_plan(
+    method: Any,
+    widths: Widths,
+    kept: Mapping[str, Sequence[int]],
+    scores: Mapping[str, float] | None = None,
+    notes: Sequence[str] = (),
+) -> Plan:
+    """The plan that keeps these units; groups that stay whole are not in it."""
+    layers: dict[str, Treatments] = {}
+    for group in widths.groups:
+        units = kept[group.name]
+        if len(units) == group.units:
+            continue
+        stays = {*units}
+        which = kept_text(unit in stays for unit in range(group.units))
+        sizes = (
+            {"heads": len(units) * group.queries, "kv_heads": len(units)}
+            if group.kind == "heads"
+            else {"channels": len(units)}
+        )
+        layers[group.name] = Treatments(resize=Resize(**sizes, kept=which))
+    left = parameters_of(widths.total, widths.sized, {name: len(units) for name, units in kept.items()})
+    short = widths.target - left
+    said = [
+        f"{left:,} of {widths.total:,} parameters stay ({left / widths.total:.2%}), {short:,} fewer than asked for."
+    ]
+    return Plan(
+        method=method,
+        budget=Budget(parameters=widths.target),
+        layers=layers,
+        scores=dict(scores or {}),
+        notes=(*said, *widths.notes, *notes),
+    )
+
+
+def lowest_go(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, list[int]]:
+    """Group -> units that stay: the lowest scores of each go first."""
+    return {name: lowest_first(one.tolist(), counts[name]) for name, one in scores.items()}
