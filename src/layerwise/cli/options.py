@@ -49,6 +49,15 @@ OneSparsity = Annotated[
     float, _option(HOW, "S", "Fraction of the weights set to zero.", "--sparsity", show_default=True)
 ]
 Sparsities = Annotated[str, _option(HOW, "S,T,…", "Budgets.", "--sparsity", show_default=True)]
+Parameters = Annotated[
+    float | None,
+    _option(
+        HOW,
+        "P",
+        "Of methods that cut heads, channels or blocks: the share of the model's parameters that is kept, or their number."
+        "  [dim]default: the method's own[/]",
+    ),
+]
 Pattern = Annotated[
     str | None,
     _option(

@@ -4,17 +4,18 @@
 Before every step the model, as pruned so far, is looked at anew: the cosine of each block's input and output sets its share of the
 step, the first-order Taylor score which units go. Needs text and gradients. Departures from the official code: query heads are credited
 to the key head that they are cut with, products and cosines are in float32, blocks that are all alike lose evenly, the last step goes
-only as far as the target asks, and single channels come back where they fit. `reference` follows the code instead.
+only as far as the target asks, single channels come back where they fit, and shares of heads are added up over the blocks before they
+are rounded, so that attention loses its part. `reference` follows the code instead.
 """
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import nn
 
-from ..allocate.adaptive import channels_left, heads_left, next_sparsities, scaled_importance
+from ..allocate.adaptive import channels_left, heads_left, heads_shared, next_sparsities, scaled_importance
 from ..allocate.units import fill, lowest_first, parameters_of
 from ..errors import ConfigError
 from ..passes import check_whole
@@ -113,33 +114,33 @@ class AdaptPruner:
         self, widths: Widths, kept: Mapping[str, list[int]], before: Mapping[str, float], after: Mapping[str, float]
     ) -> dict[str, int]:
         """Units after the step, or after as much of it as the target asks."""
-        whole = left(widths, kept, after)
+        whole = self._left(widths, kept, after)
         if self.reference or parameters_of(widths.total, widths.sized, whole) > widths.target:
             return whole
         low, high = 0.0, 1.0
         for _ in range(_FINEST):
             middle = (low + high) / 2
             fits = (
-                parameters_of(widths.total, widths.sized, left(widths, kept, _between(before, after, middle)))
+                parameters_of(widths.total, widths.sized, self._left(widths, kept, _between(before, after, middle)))
                 <= widths.target
             )
             low, high = (low, middle) if fits else (middle, high)
-        found = left(widths, kept, _between(before, after, high))
-        above = left(widths, kept, _between(before, after, low))
-        most = {name: min(len(kept[name]), max(above[name], found[name])) for name in found}
-        sized = {name: widths.sized[name] for name in found}
-        filled = fill(widths.total, sized, widths.target, found, {name: float(count) for name, count in most.items()})
-        return {name: min(count, len(kept[name])) for name, count in filled.items()}
+        found = self._left(widths, kept, _between(before, after, high))
+        above = self._left(widths, kept, _between(before, after, low))
+        # single units more, never more than are there
+        now = {name: replace(widths.sized[name], units=len(units)) for name, units in kept.items()}
+        total = parameters_of(widths.total, widths.sized, {name: len(units) for name, units in kept.items()})
+        return fill(total, now, widths.target, found, {name: float(count) for name, count in above.items()})
 
-
-def left(widths: Widths, kept: Mapping[str, list[int]], sparsities: Mapping[str, float]) -> dict[str, int]:
-    """Units of each group at these sparsities of its block, of its size at the start, never more than are there."""
-    return {
-        group.name: min(
-            len(kept[group.name]), widths.sized[group.name].allowed(_wanted(group, sparsities[group.block]))
-        )
-        for group in widths.groups
-    }
+    def _left(self, widths: Widths, kept: Mapping[str, list[int]], sparsities: Mapping[str, float]) -> dict[str, int]:
+        """Units of each group at these sparsities of its block, of its size at the start, never more than are there."""
+        wanted = {group.name: _wanted(group, sparsities[group.block]) for group in widths.groups}
+        if not self.reference:
+            heads = {group.name: group for group in widths.groups if group.kind == "heads"}
+            starts = {name: group.units for name, group in heads.items()}
+            shares = {name: sparsities[group.block] for name, group in heads.items()}
+            wanted |= heads_shared(starts, shares, {name: len(kept[name]) for name in heads})
+        return {name: min(len(kept[name]), widths.sized[name].allowed(units)) for name, units in wanted.items()}
 
 
 def _wanted(group: Group, sparsity: float) -> int:
