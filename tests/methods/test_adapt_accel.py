@@ -9,6 +9,7 @@ from layerwise.errors import ConfigError, DataError
 from layerwise.methods.adapt_accel import adapt_accel
 from layerwise.methods.adapt_pruner import AdaptPruner, stage_targets
 from layerwise.recover import Recovery
+from layerwise.shrink import apply
 from layerwise.structure import coupled_groups
 from layerwise.tasks.batches import Batches
 from models import MODELS, inputs_for
@@ -31,9 +32,13 @@ def test_stages_meet_their_targets_and_train(tmp_path):
     total = sum(one.numel() for one in model.parameters())
     costs = max(96, 2 * 8 * 32 * 3)
     seen = []
-    found = run(
+    dense = copy.deepcopy(model)
+    result = run(
         tmp_path, model, teacher=copy.deepcopy(model), progress=lambda stage, stages, _: seen.append((stage, stages))
     )
+    found = result.stages
+    apply(dense, result.plan)  # the plan names the units that are left
+    assert [one.shape for one in dense.parameters()] == [one.shape for one in model.parameters()]
     for stage, target in zip(found, stage_targets(total, int(total * 0.7), 3), strict=True):
         assert target - costs < stage.parameters <= target
         assert stage.after <= stage.before

@@ -58,6 +58,22 @@ Parameters = Annotated[
         "  [dim]default: the method's own[/]",
     ),
 ]
+RecoverMinutes = Annotated[
+    float | None,
+    _option(
+        HOW,
+        "M",
+        "Of methods that cut heads, channels or blocks: train what is left for so many minutes on --data beside the dense model.",
+    ),
+]
+Stages = Annotated[
+    int | None,
+    _option(
+        HOW,
+        "N",
+        "With adapt-pruner and --recover-minutes: cut and train in so many stages in turn.  [dim]default: 1[/]",
+    ),
+]
 Pattern = Annotated[
     str | None,
     _option(

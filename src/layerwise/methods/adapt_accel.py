@@ -13,12 +13,15 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import ConfigError, DataError
+from ..plan import Plan
 from ..recover import Recovered, Recovery
 from ..recover.rates import slices
 from ..recover.recovery import Moment
-from ..shrink import apply
+from ..shrink import apply, kept_by
+from ..structure import coupled_groups
 from ..tasks.batches import Batch, Batches
 from .adapt_pruner import AdaptPruner, Schedule, stage_targets
+from .widths import Widths, widths_plan
 
 Progress = Callable[[int, int, Moment], None]
 """Stage, stages, and how far the training of this one is."""
@@ -35,6 +38,14 @@ class Stage:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Accelerated:
+    """What became of the stages, and the plan of the units that are left of the dense model's."""
+
+    stages: tuple[Stage, ...]
+    plan: Plan
+
+
 def adapt_accel(
     model: nn.Module,
     method: AdaptPruner,
@@ -47,7 +58,7 @@ def adapt_accel(
     work: str | Path,
     teacher: nn.Module | None = None,
     progress: Progress | None = None,
-) -> list[Stage]:
+) -> Accelerated:
     """Prune and train in place, `stages` times, down to `method.parameters`.
 
     calibration: what pruning looks at. data: what is trained on, cut into slices that grow. recovery: minutes or steps of all stages
@@ -61,11 +72,18 @@ def adapt_accel(
         raise DataError(
             f"adapt_accel: {len(data)} batches cannot be cut into {stages} slices that grow. Give more data, or fewer stages."
         )
-    total = sum(parameter.numel() for parameter in model.parameters())
-    target = int(total * method.parameters + 1e-6) if method.parameters <= 1 else int(method.parameters)
+    widths = Widths(
+        "AdaptPruner", model, None, method.parameters,
+        min_heads=method.min_heads, min_channels=method.min_channels, multiple_of=method.multiple_of,
+    )  # fmt: skip
+    kept = {group.name: [*range(group.units)] for group in widths.groups}
     schedule, first, done = Schedule.of(model), 0, list[Stage]()
-    for stage, (parameters, size) in enumerate(zip(stage_targets(total, target, stages), sizes, strict=True)):
+    for stage, (parameters, size) in enumerate(
+        zip(stage_targets(widths.total, widths.target, stages), sizes, strict=True)
+    ):
         plan = replace(method, parameters=parameters).plan(model, calibration, schedule=schedule)
+        left = kept_by(model, plan, coupled_groups(model))
+        kept = {name: [units[place] for place in left.get(name, range(len(units)))] for name, units in kept.items()}
         apply(model, plan)
         begin, end = first / len(data), (first + size) / len(data)
         found = _part(recovery, begin, end).train(
@@ -78,7 +96,8 @@ def adapt_accel(
         )
         first += size
         done.append(_stage(model, found))
-    return done
+    note = f"Cut in {stages} stages, with training after each."
+    return Accelerated(tuple(done), widths_plan(method, widths, kept, plan.scores, [note]))
 
 
 def _part(recovery: Recovery, begin: float, end: float) -> Recovery:

@@ -38,6 +38,8 @@ def compress(
     method: options.Method = None,
     sparsity: options.Sparsity = None,
     parameters: options.Parameters = None,
+    recover_minutes: options.RecoverMinutes = None,
+    stages: options.Stages = None,
     pattern: options.Pattern = None,
     bits: options.Bits = None,
     levels: options.Levels = None,
@@ -77,6 +79,7 @@ def compress(
     [dim]2 of every 4:[/]  layerwise compress MODEL --pattern 2:4 --data text.jsonl -o out
     [dim]In factors:[/]    layerwise compress MODEL --solver armor --pattern 2:4 --data text.jsonl -o out
     [dim]Really smaller:[/]  layerwise compress MODEL --method adapt-pruner --parameters 0.7 --data text.jsonl -o out
+    [dim]And trained in turn:[/]  layerwise compress MODEL --method adapt-pruner --parameters 0.7 --recover-minutes 20 --stages 5 -o out
     [dim]Won back:[/]      layerwise compress MODEL --sparsity 0.6 --reconstruct --data text.jsonl -o out
     [dim]Short of memory:[/]  layerwise compress MODEL --data text.jsonl --stream --spill scratch -o out
     [dim]Several processes:[/]  torchrun --nproc-per-node 2 -m layerwise compress demo -o out
@@ -112,8 +115,12 @@ def compress(
     narrower = asked.build(seed=seed) if given is None and (parameters is not None or asked.narrows) else None
     if narrower is not None or (given is not None and reshapes(given)):
         refuse(context, "since heads, channels or blocks are cut, and no weight is solved", *SOLVING)
-        NarrowJob(choice, narrower, given, output, force, seed, device, (data, samples, length, batch)).run(screen)
+        if recover_minutes is None:
+            refuse(context, "since it goes with --recover-minutes", "stages")
+        draw = (data, samples, length, batch)
+        NarrowJob(choice, narrower, given, output, force, seed, device, draw, recover_minutes, stages or 1).run(screen)
         return
+    refuse(context, "since no heads, channels or blocks are cut: use layerwise recover", "recover_minutes", "stages")
     treatment = asked.treatment if given is None else treatment_of(given)
     chosen = solver_of(solver, solver_set or (), given.solver if given is not None else None, treatment)
     if dense and treatment != "factorize":
