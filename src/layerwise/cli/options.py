@@ -49,31 +49,6 @@ OneSparsity = Annotated[
     float, _option(HOW, "S", "Fraction of the weights set to zero.", "--sparsity", show_default=True)
 ]
 Sparsities = Annotated[str, _option(HOW, "S,T,…", "Budgets.", "--sparsity", show_default=True)]
-Parameters = Annotated[
-    float | None,
-    _option(
-        HOW,
-        "P",
-        "Of methods that cut heads, channels or blocks: the share of the model's parameters that is kept, or their number."
-        "  [dim]default: the method's own[/]",
-    ),
-]
-RecoverMinutes = Annotated[
-    float | None,
-    _option(
-        HOW,
-        "M",
-        "Of methods that cut heads, channels or blocks: train what is left for so many minutes on --data beside the dense model.",
-    ),
-]
-Stages = Annotated[
-    int | None,
-    _option(
-        HOW,
-        "N",
-        "With adapt-pruner and --recover-minutes: cut and train in so many stages in turn.  [dim]default: 1[/]",
-    ),
-]
 Pattern = Annotated[
     str | None,
     _option(
@@ -148,24 +123,6 @@ Solver = Annotated[str | None, _option(HOW, "NAME", f"What computes the new weig
 Solvers = Annotated[str | None, _option(HOW, "A,B,…", f"Solvers: {_SOLVERS}", "--solver")]
 SolverSet = Annotated[
     list[str] | None, _option(HOW, "NAME=VALUE", "A setting of the solver, e.g. damp=0.1 (repeatable).")
-]
-Reconstruct = Annotated[
-    bool,
-    _option(
-        HOW,
-        None,
-        "Tune each compressed block for a few epochs of the calibration data to give what the dense block gave; zeros, codes and patterns"
-        " stay.",
-        "--reconstruct",
-    ),
-]
-ReconstructSet = Annotated[
-    list[str] | None,
-    _option(
-        HOW,
-        "NAME=VALUE",
-        "With --reconstruct: epochs, lr, ratio_lr (of scales), target (dense, same), held_out, patience (repeatable).",
-    ),
 ]
 Propagate = Annotated[
     str,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.markup import escape
 
-from .. import options
+from .. import options, shape_options
 from ..given import CALIBRATION, SHARING, refuse
 from ..inputs import DataChoice, ModelChoice, protocol_line
 from ..narrowing import SOLVING, NarrowJob, reshapes
@@ -37,9 +37,9 @@ def compress(
     exclude: options.Exclude = None,
     method: options.Method = None,
     sparsity: options.Sparsity = None,
-    parameters: options.Parameters = None,
-    recover_minutes: options.RecoverMinutes = None,
-    stages: options.Stages = None,
+    parameters: shape_options.Parameters = None,
+    recover_minutes: shape_options.RecoverMinutes = None,
+    stages: shape_options.Stages = None,
     pattern: options.Pattern = None,
     bits: options.Bits = None,
     levels: options.Levels = None,
@@ -52,8 +52,8 @@ def compress(
     solver_set: options.SolverSet = None,
     for_: options.For = None,
     dense: options.Dense = False,
-    reconstruct: options.Reconstruct = False,
-    reconstruct_set: options.ReconstructSet = None,
+    reconstruct: shape_options.Reconstruct = False,
+    reconstruct_set: shape_options.ReconstructSet = None,
     propagate: options.Propagate = "compressed",
     data: options.Data = None,
     samples: options.Samples = 128,

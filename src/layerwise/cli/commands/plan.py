@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from ...errors import OutputError
-from .. import options
+from .. import options, shape_options
 from ..cache_tables import show_front
 from ..given import CALIBRATION, SHARING, check_png, refuse, refuse_existing
 from ..inputs import DataChoice, ModelChoice
@@ -31,7 +31,7 @@ def plan(
     exclude: options.Exclude = None,
     method: options.Method = None,
     sparsity: options.Sparsity = None,
-    parameters: options.Parameters = None,
+    parameters: shape_options.Parameters = None,
     pattern: options.Pattern = None,
     bits: options.Bits = None,
     levels: options.Levels = None,
