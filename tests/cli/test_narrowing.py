@@ -25,8 +25,9 @@ def parameters(folder):
         ["flap", *DRAW],
         ["adapt-pruner", *DRAW, "--set", "step=0.1"],
         ["shortgpt", *DRAW],
+        ["magnitude-width", "--set", "budget=macs"],
     ],
-    ids=lambda words: words[0],
+    ids=lambda words: " ".join(words[:1] + words[-1:]),
 )
 def test_the_model_is_really_smaller(here, same_process, capsys, words):
     before = parameters("model")
@@ -92,6 +93,7 @@ def test_trained_in_turn_it_is_recorded_and_the_work_folder_goes(here, same_proc
         (["--method", "flap", "--sparsity", "0.5", *DRAW], "method flap takes no --sparsity"),
         (["--method", "flap", "--parameters", "0.8", "--stages", "3", *DRAW], "--stages: not used"),
         (["--sparsity", "0.5", "--recover-minutes", "3", *DRAW], "use layerwise recover"),
+        (["--method", "magnitude-width", "--macs", "0.5", "--parameters", "0.5"], "Give one of them"),
         (["--method", "flap", "--recover-minutes", "1", "--stages", "3", *DRAW], "Adapt-Pruner's"),
     ],
 )
