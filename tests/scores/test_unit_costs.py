@@ -28,14 +28,14 @@ def test_what_is_cut_is_what_it_cost(name, kind):
 
 def test_multiply_adds_worked_by_hand():
     """Two blocks of q, k, v, o and gate, up, down, and the head, which is tied to the embedding in one of them."""
-    own = dict(
-        hidden_size=32,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_hidden_layers=2,
-        vocab_size=50,
-    )
+    own = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "vocab_size": 50,
+    }
     blocks = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
     for tied in (False, True):
         model = small_llama(**own, tie_word_embeddings=tied)
