@@ -3,6 +3,7 @@
 from .apply import Applied, apply, changes_shapes, kept_by
 from .cut import Keep, cut_units, shrink, zero_out
 from .depth import drop_blocks
+from .hidden import cut_hidden
 from .narrow import is_narrow, narrow, register, settle, widths_of
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Keep",
     "apply",
     "changes_shapes",
+    "cut_hidden",
     "cut_units",
     "drop_blocks",
     "is_narrow",
