@@ -3,8 +3,8 @@
 Embedding, every reader and writer in every block, norms and head lose the same entries. A root-mean-square norm divides by its width,
 which is smaller now: its gain is multiplied by sqrt(d / n) and its epsilon by d / n, so that removing a channel equals keeping it at
 zero, exactly but for rounding. Models that norm queries and keys have one epsilon in their config for all norms: it stays as it is there,
-which is exact to its own size beside the mean square. Norms that subtract a mean have no such form, and embeddings scaled by their width (Gemma) would change
-with it: refused.
+which is exact to its own size beside the mean square. Norms that subtract a mean have no such form, and embeddings scaled by their width
+(Gemma) would change with it: refused.
 """
 
 import math
