@@ -3,7 +3,7 @@
     python benchmarks/adapt_pruner.py --bed FOLDER --work /tmp/adapt_pruner
 
 Every method cuts the same share of the whole model's parameters (FLAP's biases come on top). Training is full fine-tuning beside the
-dense model (`Recovery`), the same minutes for each; "accel" is Adapt-Accel: the same minutes in stages. Speed is measured on the cut,
+dense model (`Recovery`), the same steps for each; "accel" is Adapt-Accel: the same steps in stages. Speed is measured on the cut,
 untrained model in the same run as the dense one: decoding a token at batch 1 behind 64 others, and a prefill of 512. Every cell is
 written as soon as it is measured.
 """
@@ -33,18 +33,18 @@ from lines import Lines
 from measuring import machine
 
 HERE = Path(__file__).parent
-METHODS = "random-width,magnitude-width,llm-pruner,flap,shortgpt,adapt-pruner,adapt-pruner:reference=true,adapt-pruner:scale=rank"
+METHODS = "random-width,magnitude-width,llm-pruner,flap,shortgpt,adapt-pruner"
 ACCEL = "accel"  # in the place of a method
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One row. minutes: of training, 0 for none."""
+    """One row. steps: of training, 0 for none."""
 
     model: str
     share: float = 1.0
     method: str = "dense"
-    minutes: float = 0.0
+    steps: int = 0
 
 
 def main() -> None:
@@ -53,9 +53,9 @@ def main() -> None:
     add_device(parser)
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--shares", default="0.8,0.7,0.5", help="of the parameters that are kept")
-    parser.add_argument("--minutes", type=float, default=1.0, help="of training; 0: none")
+    parser.add_argument("--steps", type=int, default=40, help="of training; 0: none")
     parser.add_argument("--stages", type=int, default=4, help="of accel")
-    parser.add_argument("--step", type=float, default=0.02, help="of Adapt-Pruner")
+    parser.add_argument("--step", type=float, default=0.02, help="of Adapt-Pruner's schedule")
     parser.add_argument("--samples", type=int, default=32, help="that pruning looks at")
     parser.add_argument("--windows", type=int, default=512, help="that training draws from, 16 of them held out")
     parser.add_argument("--length", type=int, default=256)
@@ -99,8 +99,8 @@ def measured(
         yield Cell(subject.name), {"perplexity": perplexity(dense, windows), **speed, "parameters": size(dense)}
     for share in map(float, options.shares.split(",")):
         for name in options.methods.split(","):
-            plain, trained = Cell(subject.name, share, name), Cell(subject.name, share, name, options.minutes)
-            wanted = [cell for cell in (plain, trained) if missing(cell) and (cell is plain or options.minutes)]
+            plain, trained = Cell(subject.name, share, name), Cell(subject.name, share, name, options.steps)
+            wanted = [cell for cell in (plain, trained) if missing(cell) and (cell is plain or options.steps)]
             if not wanted:
                 continue
             model, started = lw.load(subject.folder, dtype="float32", device=options.device), time.perf_counter()
@@ -115,17 +115,17 @@ def measured(
                 row = {"seconds": seconds, "perplexity": perplexity(model, windows), "parameters": size(model)}
                 yield plain, {**row, **speeds(dense, model)}
             if trained in wanted:
-                recovery = Recovery(minutes=options.minutes, lr=options.lr, looks=4)
+                recovery = Recovery(steps=options.steps, lr=options.lr, looks=4)
                 with tempfile.TemporaryDirectory() as work:
                     found = recovery.train(model, train, judged, teacher=dense, work=work)
                 yield (
                     trained,
                     {"perplexity": perplexity(model, windows), "steps": found.steps, "parameters": size(model)},
                 )
-        cell = Cell(subject.name, share, ACCEL, options.minutes)
-        if options.minutes and missing(cell):
+        cell = Cell(subject.name, share, ACCEL, options.steps)
+        if options.steps and missing(cell):
             model, started = lw.load(subject.folder, dtype="float32", device=options.device), time.perf_counter()
-            recovery = Recovery(minutes=options.minutes, lr=options.lr, looks=8)
+            recovery = Recovery(steps=options.steps, lr=options.lr, looks=8)
             with tempfile.TemporaryDirectory() as work:
                 done = adapt_accel(
                     model, method_of("adapt-pruner", share, options), calibration, train, judged, recovery=recovery,
@@ -196,9 +196,9 @@ def report(results: Lines, shown: dict[str, dict[str, Any]], options: argparse.N
     yield ""
     yield f"Machine: {machine(options.device)}; {options.threads} threads. layerwise {lw.__version__}, torch {torch.__version__}."
     yield (
-        f"Protocol: float32; pruning looks at {options.samples} x {options.length} tokens; training: {options.minutes:g} minutes, lr"
+        f"Protocol: float32; pruning looks at {options.samples} x {options.length} tokens; training: {options.steps} steps of {options.batch} windows, lr"
         f" {options.lr:g}, half of the loss from the dense model, {options.windows - 16} windows to draw from, one seed; Adapt-Pruner in"
-        f" steps of {options.step:g}; accel: {options.stages} stages in the same minutes of training. Perplexity on up to"
+        f" steps of {options.step:g}; accel: {options.stages} stages in the same steps of training. Perplexity on up to"
         f" {options.tokens} held-out tokens in windows of {options.length}. Speed: times the dense model's, in the same run, on a machine"
         " that others load: take it as about."
     )
@@ -212,10 +212,10 @@ def report(results: Lines, shown: dict[str, dict[str, Any]], options: argparse.N
         for name in (*options.methods.split(","), ACCEL):
             cells = []
             for share in share_names:
-                for minutes in (0.0, options.minutes):
-                    rows = results.of(protocol=protocol, model=model, share=share, method=name, minutes=minutes)
+                for steps in (0, options.steps):
+                    rows = results.of(protocol=protocol, model=model, share=share, method=name, steps=steps)
                     cells.append(figure(rows))
-            last = results.of(protocol=protocol, model=model, share=share_names[-1], method=name, minutes=0.0)
+            last = results.of(protocol=protocol, model=model, share=share_names[-1], method=name, steps=0)
             yield f"| {name} | {' | '.join(cells)} | {' | '.join(ratios(last, first))} |"
         yield ""
         yield f"Speed and bytes: at {heads[-1]}, over the dense model's."
