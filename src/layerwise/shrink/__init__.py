@@ -3,9 +3,10 @@
 from .apply import Applied, apply, changes_shapes, kept_by
 from .cut import Keep, cut_units, shrink, zero_out
 from .depth import drop_blocks
-from .narrow import is_narrow, narrow, register, settle, widths_of
+from .narrow import REMOTE_MODULE, is_narrow, narrow, register, settle, widths_of
 
 __all__ = [
+    "REMOTE_MODULE",
     "Applied",
     "Keep",
     "apply",

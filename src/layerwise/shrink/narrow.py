@@ -21,6 +21,7 @@ from ..structure import Coupling, Group, coupled_groups, structure_of
 from .cut import cut_units
 
 PER_LAYER, WIDTHS = "per_layer_config", "layerwise_widths"  # in config.json
+REMOTE_MODULE = "modeling_layerwise"  # of a folder that brings its own code (`io.remote_code`)
 _CHANNELS = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size")
 _HEADS, _KV_HEADS = "num_attention_heads", "num_key_value_heads"
 
@@ -37,6 +38,7 @@ def settle(model: nn.Module) -> None:
     if widths_of(model, now) and (config := _alike(model, stock, now)) is not None:
         for name, value in config.items():
             setattr(model.config, name, value)
+    forget_code(model.config)
     model.__class__ = narrow(stock) if widths_of(model, now) else stock  # type: ignore[arg-type]
 
 
@@ -81,6 +83,7 @@ def narrow(architecture: type[Any]) -> type[Any]:
 def taken_apart(config: Any) -> tuple[Any, dict[int, dict[str, int]], dict[str, int]]:
     """A config's dense sizes, what it says of each layer, and what of groups."""
     groups = dict(getattr(config, WIDTHS, None) or {})
+    forget_code(config)
     if not groups and not getattr(config, "is_heterogeneous", False):
         return config, {}, {}
     plain = copy.deepcopy(config)
@@ -90,6 +93,12 @@ def taken_apart(config: Any) -> tuple[Any, dict[int, dict[str, int]], dict[str, 
         plain.per_layer_config = None
     plain.__dict__.pop(WIDTHS, None)
     return plain, layers, groups
+
+
+def forget_code(config: Any) -> None:
+    """A modelling file of ours that the config points to: it stays behind in the folder that the model came from."""
+    if any(REMOTE_MODULE in str(place) for place in (getattr(config, "auto_map", None) or {}).values()):
+        del config.auto_map
 
 
 def cut_to(model: nn.Module, layers: Mapping[int, Mapping[str, int]], groups: Mapping[str, int]) -> None:
