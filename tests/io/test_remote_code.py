@@ -62,8 +62,10 @@ def small(kind):
 
 
 def narrowed(kind, seed=0):
+    """Heads and channels cut, each layer its own number."""
     model = small(kind)
-    shrink(model, drawn(coupled_groups(model), seed))
+    keep = drawn(coupled_groups(model), seed, kinds=("channels",))
+    shrink(model, {**keep, "model.layers.0.self_attn": [1], "model.layers.3.self_attn": [0]})
     return model
 
 
@@ -117,6 +119,9 @@ def test_its_own_save_writes_the_same_folder(kind, families):
     assert all(torch.equal(first[name], second[name]) for name in first)
     one, two = (json.loads((folder / "config.json").read_text()) for folder in (out, again))
     assert one["per_layer_config"] == two["per_layer_config"]
+    assert one["per_layer_config"]["0"] | {"intermediate_size": 0} == {
+        "intermediate_size": 0, "num_attention_heads": 2, "num_key_value_heads": 1,
+    }  # fmt: skip
     assert two["auto_map"]["AutoModelForCausalLM"] == one["auto_map"]["AutoModelForCausalLM"]
     assert (again / "modeling_layerwise.py").read_text() == (out / "modeling_layerwise.py").read_text()
 
@@ -170,8 +175,13 @@ def test_packed_weights_go_with_it(tmp_path, modules):
 
 def test_stock_loading_does_not_build_another_model(tmp_path, modules):
     save(narrowed("llama"), tmp_path / "out", mode="remote-code", verify=False)
-    with pytest.raises(Exception, match="per_layer|per-layer|heterogeneous"):
+    with pytest.raises(Exception, match="mismatched"):
         transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    channels = small("llama")
+    shrink(channels, {"model.layers.0.mlp": range(9)})
+    save(channels, tmp_path / "channels", mode="remote-code", verify=False)
+    with pytest.raises(Exception, match="per-layer attribute"):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path / "channels")
 
 
 def test_what_needs_none_and_what_has_none(tmp_path):

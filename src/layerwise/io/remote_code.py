@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError
-from ..shrink import REMOTE_MODULE, is_narrow
+from ..shrink import GLOBAL_READS, REMOTE_MODULE, said_by_layer
 from .places import REMOTE_PREFIX, Loader
 
 # model_type -> the family's name in its classes: decoders of q, k, v, o and gate, up, down whose attention asks for no number of heads
@@ -36,7 +36,7 @@ def check_family(model: nn.Module) -> None:
     if FAMILIES.get(str(kind)) is None or stock != f"{FAMILIES[str(kind)]}ForCausalLM":
         raise ConfigError(
             f'mode "remote-code": there is no modelling file for {stock}; there is one for the language models of'
-            f' {", ".join(FAMILIES)}. Leave the mode out: the folder then loads with layerwise.load.'
+            f" {', '.join(FAMILIES)}. Leave the mode out: the folder then loads with layerwise.load."
         )
     if "layerwise_narrow" not in vars(type(model)):
         raise ConfigError(
@@ -44,11 +44,18 @@ def check_family(model: nn.Module) -> None:
         )
 
 
-def write_remote_code(folder: Path) -> Loader:
+def write_remote_code(model: nn.Module, folder: Path) -> Loader:
     """Write the modelling file beside the weights, and where it is into config.json. Returns what then loads the folder."""
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    assert is_narrow(config)  # noqa: S101  (`check_family` saw a narrow model)
+    layers = said_by_layer(model)
+    assert layers  # noqa: S101  (`check_family` saw a narrow model of a family with one stack)
+    config.pop("layerwise_widths", None)
+    config["per_layer_config"] = layers
+    if any(
+        "num_attention_heads" in one for one in layers.values()
+    ):  # Llama's config asks for it as if there were but one
+        config[GLOBAL_READS] = True
     family = FAMILIES[config["model_type"]]
     (folder / f"{REMOTE_MODULE}.py").write_text(modelling_file(family), encoding="utf-8")
     whole, decoder = f"{REMOTE_PREFIX}{family}ForCausalLM", f"{REMOTE_PREFIX}{family}Model"

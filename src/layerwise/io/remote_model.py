@@ -12,6 +12,8 @@ from typing import Any
 from torch import nn
 from transformers import LlamaForCausalLM, LlamaModel
 
+GLOBAL_READS = "allow_global_per_layer_attribute_access"
+
 
 class LayerwiseLlamaModel(LlamaModel):
     """The decoder without a head."""
@@ -52,6 +54,7 @@ def taken_apart(config: Any) -> tuple[Any, dict[int, dict[str, int]]]:
     layers = {int(index): dict(one) for index, one in (config.to_dict().get("per_layer_config") or {}).items()}
     plain = copy.deepcopy(config)
     plain.per_layer_config = None
+    plain.__dict__.pop(GLOBAL_READS, None)
     return plain, layers
 
 
@@ -94,4 +97,6 @@ def write_widths(decoder: Any, config: Any, folder: Path) -> None:
         }
         if own := {name: size for name, size in sizes.items() if size != getattr(config, name)}:
             written["per_layer_config"][str(index)] = own
+    if any("num_attention_heads" in own for own in written["per_layer_config"].values()):
+        written[GLOBAL_READS] = True
     file.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")

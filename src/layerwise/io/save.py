@@ -146,7 +146,7 @@ def save(
     with whole_folder(whole, force=force) as partial:
         loader = _write_model(model, partial)
         if loader is not None and loader.library == "transformers" and is_narrow(read_config(partial)):
-            loader = write_remote_code(partial) if mode == "remote-code" else BY_LAYERWISE
+            loader = write_remote_code(model, partial) if mode == "remote-code" else BY_LAYERWISE
         entry: dict[str, str] = {}
         notes = every.notes
         if every:

@@ -183,7 +183,9 @@ def _run(request: Mapping[str, Any], seconds: float) -> None:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        "HF_MODULES_CACHE": str(answers / "modules"),  # where transformers copies code of the folder to: gone with the answers
+        "HF_MODULES_CACHE": str(
+            answers / "modules"
+        ),  # where transformers copies code of the folder to: gone with the answers
     }
     try:
         done = subprocess.run(

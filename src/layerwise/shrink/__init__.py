@@ -3,9 +3,10 @@
 from .apply import Applied, apply, changes_shapes, kept_by
 from .cut import Keep, cut_units, shrink, zero_out
 from .depth import drop_blocks
-from .narrow import REMOTE_MODULE, is_narrow, narrow, register, settle, widths_of
+from .narrow import GLOBAL_READS, REMOTE_MODULE, is_narrow, narrow, register, said_by_layer, settle, widths_of
 
 __all__ = [
+    "GLOBAL_READS",
     "REMOTE_MODULE",
     "Applied",
     "Keep",
@@ -17,6 +18,7 @@ __all__ = [
     "kept_by",
     "narrow",
     "register",
+    "said_by_layer",
     "settle",
     "shrink",
     "widths_of",

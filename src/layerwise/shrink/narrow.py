@@ -21,6 +21,7 @@ from ..structure import Coupling, Group, coupled_groups, structure_of
 from .cut import cut_units
 
 PER_LAYER, WIDTHS = "per_layer_config", "layerwise_widths"  # in config.json
+GLOBAL_READS = "allow_global_per_layer_attribute_access"  # transformers' own: its configs check sizes that layers may say otherwise
 REMOTE_MODULE = "modeling_layerwise"  # of a folder that brings its own code (`io.remote_code`)
 _CHANNELS = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size")
 _HEADS, _KV_HEADS = "num_attention_heads", "num_key_value_heads"
@@ -91,6 +92,7 @@ def taken_apart(config: Any) -> tuple[Any, dict[int, dict[str, int]], dict[str, 
     if getattr(config, "is_heterogeneous", False):
         layers = {int(index): dict(one) for index, one in (config.to_dict().get(PER_LAYER) or {}).items()}
         plain.per_layer_config = None
+        plain.__dict__.pop(GLOBAL_READS, None)
     plain.__dict__.pop(WIDTHS, None)
     return plain, layers, groups
 
@@ -130,6 +132,11 @@ def write_widths(model: nn.Module, folder: Path) -> None:
         said = by_layer is not None and _reads(model.config, {**config, PER_LAYER: by_layer})
         config |= {PER_LAYER: by_layer} if said else {WIDTHS: widths}
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def said_by_layer(model: nn.Module) -> dict[str, dict[str, int]] | None:
+    """What `per_layer_config` says of the model's layers; None where it cannot."""
+    return _by_layer(model, coupled_groups(model))
 
 
 def _reads(config: Any, written: dict[str, Any]) -> bool:
