@@ -189,7 +189,7 @@ def test_what_needs_none_and_what_has_none(tmp_path):
         save(MODELS["llama"](), tmp_path / "out", mode="remote-code")
     model = MODELS["gpt2"]()
     shrink(model, {"transformer.h.0.mlp": range(9)})
-    with pytest.raises(ConfigError, match="no modelling file for GPT2LMHeadModel; there is one for .*llama, mistral"):
+    with pytest.raises(ConfigError, match=r"no modelling file for GPT2LMHeadModel; there is one for .*llama, mistral"):
         save(model, tmp_path / "out", mode="remote-code")
     with pytest.raises(ConfigError, match='mode="gguf": give auto or remote-code'):
         save(model, tmp_path / "out", mode="gguf")

@@ -4,6 +4,7 @@ from .apply import Applied, apply, changes_shapes, kept_by
 from .cut import Keep, cut_units, shrink, zero_out
 from .depth import drop_blocks
 from .narrow import GLOBAL_READS, REMOTE_MODULE, is_narrow, narrow, register, said_by_layer, settle, widths_of
+from .uniform import uniform_widths
 
 __all__ = [
     "GLOBAL_READS",
@@ -21,6 +22,7 @@ __all__ = [
     "said_by_layer",
     "settle",
     "shrink",
+    "uniform_widths",
     "widths_of",
     "zero_out",
 ]
