@@ -1,8 +1,8 @@
 """Llama-like decoders with widths of each layer as one GGUF file, for llama.cpp: its architecture `deci` takes them.
 
-`deci` was made for DeciLM and Nemotron, whose layers differ: `feed_forward_length`, `attention.head_count` and `head_count_kv` have a number
-for each block. What its graph computes is a Llama (RMSNorm, rotary positions, SiLU-gated MLP, no norm of queries and keys), so a model that
-does anything else is refused. Rotary positions turn neighbouring entries there, halves of a head in transformers: rows of q and k move.
+`deci` was made for DeciLM and Nemotron, whose layers differ: channels and heads are numbers for each block. What its graph computes is
+a Llama (RMSNorm, rotary positions, SiLU-gated MLP, no norm of queries and keys), so a model that does anything else is refused. Rotary
+positions turn neighbouring entries there, halves of a head in transformers: rows of q and k move.
 """
 
 from collections.abc import Iterator
@@ -136,7 +136,8 @@ def _rope_factors(model: nn.Module) -> Tensor | None:
     decoder: Any = model.model
     size = _blocks(model)[0].self_attn.head_dim
     plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
-    return plain / decoder.rotary_emb.inv_freq.float().cpu()
+    factors: Tensor = plain / decoder.rotary_emb.inv_freq.float().cpu()
+    return factors
 
 
 def _library() -> Any:
@@ -176,7 +177,10 @@ def _check(model: nn.Module) -> None:
     elif any(type(part) is not nn.Linear for part in linears):
         reason = "some of its linears are of another class (factors or adapters): multiply out or merge first"
     elif wide := _odd_bias(model):
-        reason = f'"{wide}" has a bias, and llama.cpp reads biases of queries as wide as the model ({config.hidden_size}) alone: keep all heads'
+        reason = (
+            f'"{wide}" has a bias, and llama.cpp reads biases of queries as wide as the model alone ({config.hidden_size}):'
+            " keep all heads"
+        )
     if reason:
         raise ModelError(f"{name}: {reason}. It cannot be written as GGUF deci.")
 
