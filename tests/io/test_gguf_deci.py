@@ -238,7 +238,7 @@ def test_how_text_is_split_is_told_from_the_tokenizer(steps, name, tmp_path):
 
 
 def test_bytes_to_fall_back_on(tmp_path):
-    folder = bpe(tmp_path, [], byte_fallback=True, unk_token="<unk>")
+    folder = bpe(tmp_path, [], **{"byte_fallback": True, "unk_token": "<unk>"})
     save_gguf(narrowed("llama"), tmp_path / "out.gguf", tokenizer=folder)
     told = {key: field.contents() for key, field in gguf.GGUFReader(tmp_path / "out.gguf").fields.items()}
     assert told["tokenizer.ggml.model"] == "llama"
@@ -256,7 +256,7 @@ def test_tokenizers_that_it_cannot_say(tmp_path):
     assert gguf.GGUFReader(tmp_path / "out.gguf").get_field("tokenizer.ggml.pre").contents() == "falcon"
     with pytest.raises(ConfigError, match=r"no tokenizer.json in it.*Leave the tokenizer out"):
         save_gguf(model, tmp_path / "other.gguf", tokenizer=tmp_path)
-    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    words = Tokenizer(models.WordLevel({"a": 0}, **{"unk_token": "a"}))
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
     with pytest.raises(ConfigError, match="WordLevel is not written; BPE is"):
         save_gguf(model, tmp_path / "other.gguf", tokenizer=fast)
