@@ -2,54 +2,21 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
+from .treatment_base import Bits, Count, Fraction, Number, Record, kept_digits
+from .treatment_kinds import CacheBits, CacheMode, KeepTokens, Resize, Train
 
-def _number(value: Any) -> Any:
-    """Numpy and torch scalars as plain ones. True is no number here (it would mean a sparsity of 1), nor is "0.5"."""
-    if isinstance(value, (bool, str)):
-        raise ValueError("not a number")
-    return value.item() if hasattr(value, "item") else value
-
-
-Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Count = Annotated[int, BeforeValidator(_number)]
-Fraction = Annotated[Number, Field(ge=0, le=1)]
-Bits = Annotated[Count, Field(ge=1, le=16, description="give whole bits, 1 to 16")]
-CacheMode = Literal["per-token", "kivi"]
+__all__ = [
+    "FIELDS", "CacheBits", "CacheMode", "Count", "Factorize", "Fraction", "KeepTokens", "Number", "Prune", "Quantize", "Record", "Resize",
+    "Train", "Treatment", "Treatments", "bare", "kept_text", "zero_bits",
+]  # fmt: skip
 
 _PATTERN = re.compile(r"unstructured|row|column|(?P<n>\d+):(?P<m>\d+)|block\((?P<rows>\d+)[x×](?P<columns>\d+)\)")
 _BLOCK = re.compile(r"block:(\d+[x×]\d+)")  # the same without brackets, which shells ask to be quoted
 _PATTERNS = 'write unstructured, row, column, n:m with 0 < n <= m such as "2:4", or a block such as "block(16x16)"'
-
-
-class Record(BaseModel):
-    """Base of everything in a plan: fixed once made, unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_serializer(mode="wrap")
-    def _without_absent(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Absent fields are not written; a None that stands for something (one scale per row) is."""
-        fields = type(self).model_fields
-        return {
-            name: value for name, value in plain(self).items() if value is not None or fields[name].default is not None
-        }
-
-
-R = TypeVar("R", bound=Record)
 
 
 class Prune(Record):
@@ -77,10 +44,7 @@ class Prune(Record):
     @field_validator("kept", mode="before")
     @classmethod
     def _digits(cls, kept: Any) -> Any:
-        """With the x, which no reader of YAML takes for a number; a plan may leave it out."""
-        if kept is not None and not (isinstance(kept, str) and re.fullmatch(r"x?[0-9a-f]+", kept)):
-            raise ValueError("not hexadecimal digits")
-        return kept if kept is None else f"x{kept.removeprefix('x')}"
+        return kept_digits(kept)
 
     @model_validator(mode="after")
     def _agrees(self) -> "Prune":
@@ -199,96 +163,6 @@ class Factorize(Record):
         return core if nominal or not size else core + size // (rows * columns) * 16 * self.block * (rows + columns)
 
 
-class Resize(Record):
-    """Keep this many heads (key/value heads with their query heads) or channels. `kept` says which; without it those of the largest
-    weights stay."""
-
-    heads: Annotated[Count, Field(ge=0)] | None = Field(default=None, description="give the number kept, at least 0")
-    kv_heads: Annotated[Count, Field(ge=0)] | None = Field(default=None, description="give the number kept, at least 0")
-    channels: Annotated[Count, Field(ge=0)] | None = Field(default=None, description="give the number kept, at least 0")
-    kept: str | None = Field(
-        default=None,
-        description="give the kept key/value heads or channels as x and hexadecimal digits, four a digit (1 = kept), or leave it out",
-    )
-
-    @field_validator("kept", mode="before")
-    @classmethod
-    def _digits(cls, kept: Any) -> Any:
-        return Prune._digits(kept)
-
-    @model_validator(mode="after")
-    def _something(self) -> "Resize":
-        if self.heads is None and self.kv_heads is None and self.channels is None:
-            raise ValueError("empty; give heads or kv_heads or channels")
-        if self.channels is not None and (self.heads is not None or self.kv_heads is not None):
-            raise ValueError("heads are of an attention, channels of an MLP: give one of them")
-        if self.kept is not None and self.units is not None and int(self.kept[1:], 16).bit_count() != self.units:
-            raise ValueError(
-                f"kept names {int(self.kept[1:], 16).bit_count()} units, not {self.units}: change one of them"
-            )
-        return self
-
-    @property
-    def units(self) -> int | None:
-        """Channels, or key/value heads; None where only query heads are given."""
-        return self.channels if self.channels is not None else self.kv_heads
-
-    def chosen(self, units: int) -> list[int] | None:
-        """Which of so many units stay; None where `kept` does not say."""
-        if self.kept is None:
-            return None
-        digits = format(int(self.kept[1:], 16), f"0{4 * len(self.kept) - 4}b")
-        return [unit for unit, digit in enumerate(digits[:units]) if digit == "1"]
-
-
-def _cached(bits: int) -> int:
-    if bits not in (2, 4, 8, 16):
-        raise ValueError("not 2, 4, 8 or 16")
-    return bits
-
-
-CachedBits = Annotated[Count, AfterValidator(_cached), Field(description="give 2, 4, 8, or 16 for full precision")]
-
-
-class CacheBits(Record):
-    """Bits of the keys and values that one attention caches, 16 being full precision, and how they are grouped (`cache.Scheme`)."""
-
-    key_bits: CachedBits
-    value_bits: CachedBits
-    mode: CacheMode = Field(default="per-token", description="give per-token or kivi")
-    group: Annotated[Count, Field(ge=1)] | None = Field(
-        default=None, description="give the numbers that share a scale, at least 1, or leave it out for the mode's own"
-    )
-    residual: Annotated[Count, Field(ge=0)] | None = Field(
-        default=None, description="give the tokens that stay in full precision, or leave it out for the mode's own"
-    )
-
-
-class KeepTokens(Record):
-    """Vision tokens that go on from this block, as a count or a fraction."""
-
-    count: Annotated[Count, Field(ge=1)] | None = Field(default=None, description="give the number kept, at least 1")
-    fraction: Fraction | None = Field(default=None, description="give the fraction kept, 0 <= fraction <= 1")
-
-    @model_validator(mode="after")
-    def _one(self) -> "KeepTokens":
-        if (self.count is None) == (self.fraction is None):
-            raise ValueError("give either count or fraction")
-        return self
-
-
-class Train(Record):
-    """How much a layer or block is trained: what its learning rate is multiplied by; of a block, its probability in a draw of blocks
-    (that of being the first that is drawn: those of a plan are scaled to sum 1)."""
-
-    rate: Annotated[Number, Field(ge=0)] | None = Field(default=None, description="give a multiplier, at least 0")
-    probability: Fraction | None = Field(default=None, description="give a probability, 0 <= probability <= 1")
-
-    @model_validator(mode="after")
-    def _something(self) -> "Train":
-        return _one_or_more(self)
-
-
 Treatment = Prune | Quantize | Factorize | Resize | CacheBits | KeepTokens | Train
 FIELDS: Mapping[str, type[Record]] = {
     "prune": Prune,
@@ -370,9 +244,3 @@ def _wrong_blocks(prune: Prune, blocks: int) -> list[str]:
             f"kept leaves out {gone} of {blocks} blocks, which is a sparsity of {gone / blocks!r}. Change one of them."
         ]
     return []
-
-
-def _one_or_more(record: R) -> R:
-    if all(getattr(record, name) is None for name in type(record).model_fields):
-        raise ValueError(f"empty; give {' or '.join(type(record).model_fields)}")
-    return record

@@ -41,3 +41,22 @@ def heads_left(start: int, sparsity: float, size: int) -> int:
     """Heads of `size` rows: one goes when floor(ceil(start * size * s) / size) says so, in rows."""
     rows = start * size
     return start - (rows - math.floor(rows * (1 - sparsity) + 1e-9)) // size
+
+
+def heads_shared(starts: Mapping[str, int], sparsities: Mapping[str, float], left: Mapping[str, int]) -> dict[str, int]:
+    """Heads that stay when the shares of all groups are added up before they are rounded: as many whole heads go as the sum says, floors
+    first, then where the fraction of a head is largest, ties in order; one stays everywhere.
+
+    Rounding each group down by itself lets a group of K heads lose its first at 1 / K: with few key heads attention stays whole until
+    MLPs are nearly gone. left: heads that are there now, none comes back.
+    """
+    wanted = {name: start * sparsities[name] for name, start in starts.items()}
+    gone = {
+        name: max(starts[name] - left[name], min(math.floor(wanted[name] + 1e-9), starts[name] - 1)) for name in starts
+    }
+    more = math.floor(sum(wanted.values()) + 1e-9) - sum(gone.values())
+    order = sorted(starts, key=lambda name: -(wanted[name] - gone[name]))
+    for name in order:
+        if more > 0 and gone[name] < starts[name] - 1 and wanted[name] > gone[name]:
+            gone[name], more = gone[name] + 1, more - 1
+    return {name: starts[name] - gone[name] for name in starts}

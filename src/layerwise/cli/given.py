@@ -12,6 +12,7 @@ SHARING = (
     "exclude",
     "method",
     "sparsity",
+    "parameters",
     "pattern",
     "bits",
     "levels",

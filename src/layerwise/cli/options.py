@@ -124,24 +124,6 @@ Solvers = Annotated[str | None, _option(HOW, "A,B,…", f"Solvers: {_SOLVERS}", 
 SolverSet = Annotated[
     list[str] | None, _option(HOW, "NAME=VALUE", "A setting of the solver, e.g. damp=0.1 (repeatable).")
 ]
-Reconstruct = Annotated[
-    bool,
-    _option(
-        HOW,
-        None,
-        "Tune each compressed block for a few epochs of the calibration data to give what the dense block gave; zeros, codes and patterns"
-        " stay.",
-        "--reconstruct",
-    ),
-]
-ReconstructSet = Annotated[
-    list[str] | None,
-    _option(
-        HOW,
-        "NAME=VALUE",
-        "With --reconstruct: epochs, lr, ratio_lr (of scales), target (dense, same), held_out, patience (repeatable).",
-    ),
-]
 Propagate = Annotated[
     str,
     _option(

@@ -23,9 +23,23 @@ def show_entries(made: "Plan", structure: "Structure", screen: Screen) -> None:
         show_cache(made, screen)
     if trained:
         show_train(made, screen)
+    if narrow := [one for one in made.layers.values() if one.resize or one.drop]:
+        show_widths(made, screen)
     quantised = any(entry.quantize for entry in made.layers.values())
-    if quantised or made.zeros(structure.layers) or not (cached or trained):
+    if quantised or made.zeros(structure.layers) or not (cached or trained or narrow):
         show_plan(made, structure, screen)
+
+
+def show_widths(made: "Plan", screen: Screen) -> None:
+    """What stays of attentions and MLPs, and which blocks go, a line each; the budget's note says what that makes of the model."""
+    rows = table("", "heads", "key heads", "channels", left=1)
+    for name, entry in made.layers.items():
+        if entry.drop:
+            rows.add_row(name, "dropped", "", "")
+        elif (resize := entry.resize) is not None:
+            sizes = (resize.heads, resize.kv_heads, resize.channels)
+            rows.add_row(name, *("" if size is None else f"{size:,}" for size in sizes))
+    screen.show(f"[bold]{made.method.get('name', 'plan')}[/]: what stays; all else stays whole\n", rows)
 
 
 def show_plan(made: "Plan", structure: "Structure", screen: Screen) -> None:

@@ -42,6 +42,7 @@ class MethodChoice:
     bits: float | None = None
     levels: str | None = None
     target: str | None = None
+    parameters: float | None = None
 
     def build(self, name: str | None = None, **more: Any) -> "Method":
         """The method, `more` added where it has such settings. Raises ConfigError for an unknown name or setting, offering the nearest."""
@@ -57,6 +58,7 @@ class MethodChoice:
             "bits": self._bits(name),
             "levels": self.levels,
             "target": self.target,
+            "parameters": self.parameters,
         }
         given = {key: value for key, value in common.items() if value is not None}
         if name in METHODS:
@@ -75,6 +77,13 @@ class MethodChoice:
         if twice := [key for key in common if key in settings and getattr(self, key) is not None]:
             raise ConfigError(f"{_option_of(twice[0])} and --set {twice[0]}=: the same setting twice. Give it once.")
         return method_from(name, **{**given, **settings})
+
+    @property
+    def narrows(self) -> bool:
+        """Whether the method cuts heads, channels or blocks."""
+        from ..methods import METHODS
+
+        return self.name in METHODS and "parameters" in {one.name for one in fields(METHODS[self.name])}  # type: ignore[arg-type]
 
     @property
     def treatment(self) -> "Treatment":

@@ -4,17 +4,18 @@
 Before every step the model, as pruned so far, is looked at anew: the cosine of each block's input and output sets its share of the
 step, the first-order Taylor score which units go. Needs text and gradients. Departures from the official code: query heads are credited
 to the key head that they are cut with, products and cosines are in float32, blocks that are all alike lose evenly, the last step goes
-only as far as the target asks, and single channels come back where they fit. `reference` follows the code instead.
+only as far as the target asks, single channels come back where they fit, and shares of heads are added up over the blocks before they
+are rounded, so that attention loses its part. `reference` follows the code instead.
 """
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import nn
 
-from ..allocate.adaptive import channels_left, heads_left, next_sparsities, scaled_importance
+from ..allocate.adaptive import channels_left, heads_left, heads_shared, next_sparsities, scaled_importance
 from ..allocate.units import fill, lowest_first, parameters_of
 from ..errors import ConfigError
 from ..passes import check_whole
@@ -59,8 +60,16 @@ class AdaptPruner:
         if self.scale not in ("largest", "rank"):
             raise ConfigError(f'AdaptPruner.scale="{self.scale}": give largest or rank.')
 
-    def plan(self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None) -> Plan:
-        """See `Method.plan`. Works on a copy of the model, which it prunes on the way."""
+    def plan(
+        self,
+        model: nn.Module,
+        data: Batches | None = None,
+        *,
+        structure: Structure | None = None,
+        schedule: "Schedule | None" = None,
+    ) -> Plan:
+        """See `Method.plan`. Works on a copy of the model, which it prunes on the way. schedule: of an earlier plan, to go on from; it is
+        updated."""
         check_whole(model, "Adapt-Pruner")
         widths = Widths(
             "AdaptPruner", model, structure, self.parameters,
@@ -68,14 +77,13 @@ class AdaptPruner:
         )  # fmt: skip
         batches, pruned = needed("AdaptPruner", data), copy.deepcopy(model)
         kept = {group.name: [*range(group.units)] for group in widths.groups}
-        sparsities = dict.fromkeys({group.block for group in widths.groups}, 0.0)
-        sparsities = {block.name: 0.0 for block in widths.structure.blocks if block.name in sparsities}
+        schedule = schedule or Schedule.of(model, widths.structure)
         importances: dict[str, float] = {}
         steps = 0
         while parameters_of(widths.total, widths.sized, {n: len(units) for n, units in kept.items()}) > widths.target:
             expected = max(steps + 1, round((1 - widths.target / widths.total) / self.step))
             with part(min(steps, expected - 1), expected):
-                found, importances = self._step(pruned, batches, widths, kept, sparsities)
+                found, importances = self._step(pruned, batches, widths, kept, schedule)
             cut_units(pruned, found)
             kept = {
                 name: [units[place] for place in found.get(name, range(len(units)))] for name, units in kept.items()
@@ -90,17 +98,17 @@ class AdaptPruner:
         data: Batches,
         widths: Widths,
         kept: Mapping[str, list[int]],
-        sparsities: dict[str, float],
+        schedule: "Schedule",
     ) -> tuple[dict[str, list[int]], dict[str, float]]:
-        """Group -> places, among the units that are left, that stay after one more step; updates `sparsities`. And importances."""
-        structure = structure_of(pruned)
+        """Group -> places, among the units that are left, that stay after one more step; updates the schedule. And importances."""
+        structure, sparsities = structure_of(pruned), schedule.sparsities
         groups = coupled_groups(pruned, structure).groups
         scores = unit_taylor(pruned, data, groups, structure, modulo=self.reference)
         turns = block_influence(pruned, data, structure)
         importances = scaled_importance({name: turns[name] for name in sparsities}, self.scale)
         after = next_sparsities(sparsities, importances, self.step, self.amplitude)
-        counts = self._counts(widths, kept, sparsities, after)
-        sparsities.update(after)
+        counts, share = self._counts(widths, kept, schedule, after)
+        schedule.sparsities = _between(sparsities, after, share)
         if all(counts[name] == len(units) for name, units in kept.items()) and all(s >= 0.99 for s in after.values()):
             counts = {
                 name: widths.sized[name].allowed(0) for name in kept
@@ -110,39 +118,67 @@ class AdaptPruner:
         }, importances
 
     def _counts(
-        self, widths: Widths, kept: Mapping[str, list[int]], before: Mapping[str, float], after: Mapping[str, float]
-    ) -> dict[str, int]:
-        """Units after the step, or after as much of it as the target asks."""
-        whole = left(widths, kept, after)
+        self, widths: Widths, kept: Mapping[str, list[int]], schedule: "Schedule", after: Mapping[str, float]
+    ) -> tuple[dict[str, int], float]:
+        """Units after the step, or after as much of it as the target asks, and how much that is."""
+        before, starts = schedule.sparsities, schedule.starts
+        whole = self._left(widths, kept, starts, after)
         if self.reference or parameters_of(widths.total, widths.sized, whole) > widths.target:
-            return whole
+            return whole, 1.0
         low, high = 0.0, 1.0
         for _ in range(_FINEST):
             middle = (low + high) / 2
             fits = (
-                parameters_of(widths.total, widths.sized, left(widths, kept, _between(before, after, middle)))
+                parameters_of(
+                    widths.total, widths.sized, self._left(widths, kept, starts, _between(before, after, middle))
+                )
                 <= widths.target
             )
             low, high = (low, middle) if fits else (middle, high)
-        found = left(widths, kept, _between(before, after, high))
-        above = left(widths, kept, _between(before, after, low))
-        most = {name: min(len(kept[name]), max(above[name], found[name])) for name in found}
-        sized = {name: widths.sized[name] for name in found}
-        filled = fill(widths.total, sized, widths.target, found, {name: float(count) for name, count in most.items()})
-        return {name: min(count, len(kept[name])) for name, count in filled.items()}
+        found = self._left(widths, kept, starts, _between(before, after, high))
+        above = self._left(widths, kept, starts, _between(before, after, low))
+        # single units more, never more than are there
+        now = {name: replace(widths.sized[name], units=len(units)) for name, units in kept.items()}
+        total = parameters_of(widths.total, widths.sized, {name: len(units) for name, units in kept.items()})
+        return fill(total, now, widths.target, found, {name: float(count) for name, count in above.items()}), high
+
+    def _left(
+        self,
+        widths: Widths,
+        kept: Mapping[str, list[int]],
+        sizes: Mapping[str, int],
+        sparsities: Mapping[str, float],
+    ) -> dict[str, int]:
+        """Units of each group at these sparsities of its block, of its size at the start, never more than are there."""
+        wanted = {group.name: _wanted(group, sizes[group.name], sparsities[group.block]) for group in widths.groups}
+        if not self.reference:
+            heads = {group.name: group for group in widths.groups if group.kind == "heads"}
+            starts = {name: sizes[name] for name in heads}
+            shares = {name: sparsities[group.block] for name, group in heads.items()}
+            wanted |= heads_shared(starts, shares, {name: len(kept[name]) for name in heads})
+        return {name: min(len(kept[name]), widths.sized[name].allowed(units)) for name, units in wanted.items()}
 
 
-def left(widths: Widths, kept: Mapping[str, list[int]], sparsities: Mapping[str, float]) -> dict[str, int]:
-    """Units of each group at these sparsities of its block, of its size at the start, never more than are there."""
-    return {
-        group.name: min(
-            len(kept[group.name]), widths.sized[group.name].allowed(_wanted(group, sparsities[group.block]))
+@dataclass
+class Schedule:
+    """Where the schedule stands: units of each group at the very start, and the share that each block was to have lost of them."""
+
+    starts: dict[str, int]
+    sparsities: dict[str, float]
+
+    @classmethod
+    def of(cls, model: nn.Module, structure: Structure | None = None) -> "Schedule":
+        """At its start, of this model."""
+        structure = structure or structure_of(model)
+        groups = coupled_groups(model, structure).groups
+        cut = {group.block for group in groups}
+        return cls(
+            {group.name: group.units for group in groups},
+            {block.name: 0.0 for block in structure.blocks if block.name in cut},
         )
-        for group in widths.groups
-    }
 
 
-def _wanted(group: Group, sparsity: float) -> int:
+def _wanted(group: Group, units: int, sparsity: float) -> int:
     return (
         channels_left(group.units, sparsity)
         if group.kind == "channels"

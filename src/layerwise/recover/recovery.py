@@ -31,6 +31,7 @@ from .distill import Distillation
 from .held_out import HeldOut
 from .masks import Masks
 from .quantized import refuse_quantized
+from .rates import SCHEDULES
 
 RUN = "recovery.json"  # in the work folder: which run it belongs to; in each checkpoint: how far it was
 Progress = Callable[["Moment"], None]
@@ -84,6 +85,9 @@ class Recovery:
     temperature: float = 1.0
     beta: float = 0.0
     hidden: float = 0.0
+    schedule: str = "cosine"  # or wsd: warm-up, constant, down over the last tenth
+    begin: float = 0.0  # where in the schedule of a longer run this one begins and ends
+    end: float = 1.0
     looks: int = 10  # times that the held-out loss is measured after the first
     patience: int = 3  # looks without a lower held-out loss that end the run
     precision: str = "float32"  # or bfloat16: autocast
@@ -101,12 +105,22 @@ class Recovery:
             "weight_decay": not 0 <= self.weight_decay < math.inf,
             "clip": not 0 < self.clip < math.inf,
             "accumulate": self.accumulate < 1,
+            "begin": not 0 <= self.begin < self.end,
+            "end": not self.begin < self.end <= 1,
             "looks": self.looks < 1,
             "patience": self.patience < 1,
         }
         if name := next((name for name, wrong in bad.items() if wrong), None):
-            right = {"warm": "a share of the run, 0 <= warm < 1", "weight_decay": "at least 0"}.get(name, "above 0")
+            part = "shares of a longer run, 0 <= begin < end <= 1"
+            right = {
+                "warm": "a share of the run, 0 <= warm < 1",
+                "weight_decay": "at least 0",
+                "begin": part,
+                "end": part,
+            }.get(name, "above 0")
             raise ConfigError(f"Recovery: {name}={getattr(self, name)!r}: give {right}.")
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f'Recovery: schedule="{self.schedule}": write {" or ".join(SCHEDULES)}.')
         if self.precision not in ("float32", "bfloat16"):
             raise ConfigError(f'Recovery: precision="{self.precision}": write float32 or bfloat16.')
         self.loss_against(nn.Identity())  # its settings are checked there

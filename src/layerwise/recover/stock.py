@@ -24,6 +24,7 @@ from ..tasks.undisturbed import quiet
 from .distill import Distillation
 from .held_out import HeldOut
 from .masks import Masks
+from .rates import cosine, wsd
 from .recovery import RUN, Moment, Progress, Recovered, Recovery
 
 FLOOR = 0.1  # of the learning rate, at the end
@@ -157,11 +158,13 @@ class Stock:
 
     def factor(self, _: int) -> float:
         """What the learning rate is multiplied by."""
-        done, warm = self.share(), self.settings.warm
-        if warm and done < warm:
-            first = 1 / (self.settings.steps or 100)
-            return min(1.0, (done + first) / warm)
-        return FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * (done - warm) / (1 - warm))) / 2
+        settings = self.settings
+        done = settings.begin + (settings.end - settings.begin) * self.share()
+        if settings.warm and done < settings.warm:  # the first step is not lost
+            return min(1.0, (done + 1 / (settings.steps or 100)) / settings.warm)
+        return (
+            wsd(done, settings.warm, floor=FLOOR) if settings.schedule == "wsd" else cosine(done, settings.warm, FLOOR)
+        )
 
     def after_step(self, step: int) -> bool:
         """Told of every step; whether it is time to look, and to write a checkpoint."""

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.markup import escape
 
-from .. import options
+from .. import options, shape_options
 from ..given import CALIBRATION, SHARING, refuse
 from ..inputs import DataChoice, ModelChoice, protocol_line
+from ..narrowing import SOLVING, NarrowJob, reshapes
 from ..planning import make_plan, record_of, tried_of, with_facts, with_solver
 from ..running import bar_of, show_notes, work_folder
 from ..screen import Screen, table
@@ -36,6 +37,9 @@ def compress(
     exclude: options.Exclude = None,
     method: options.Method = None,
     sparsity: options.Sparsity = None,
+    parameters: shape_options.Parameters = None,
+    recover_minutes: shape_options.RecoverMinutes = None,
+    stages: shape_options.Stages = None,
     pattern: options.Pattern = None,
     bits: options.Bits = None,
     levels: options.Levels = None,
@@ -48,8 +52,8 @@ def compress(
     solver_set: options.SolverSet = None,
     for_: options.For = None,
     dense: options.Dense = False,
-    reconstruct: options.Reconstruct = False,
-    reconstruct_set: options.ReconstructSet = None,
+    reconstruct: shape_options.Reconstruct = False,
+    reconstruct_set: shape_options.ReconstructSet = None,
     propagate: options.Propagate = "compressed",
     data: options.Data = None,
     samples: options.Samples = 128,
@@ -74,6 +78,8 @@ def compress(
     [dim]By a plan:[/]      layerwise compress MODEL --plan plan.yaml --solver gptq --data text.jsonl -o out
     [dim]2 of every 4:[/]  layerwise compress MODEL --pattern 2:4 --data text.jsonl -o out
     [dim]In factors:[/]    layerwise compress MODEL --solver armor --pattern 2:4 --data text.jsonl -o out
+    [dim]Really smaller:[/]  layerwise compress MODEL --method adapt-pruner --parameters 0.7 --data text.jsonl -o out
+    [dim]And trained in turn:[/]  layerwise compress MODEL --method adapt-pruner --parameters 0.7 --recover-minutes 20 --stages 5 -o out
     [dim]Won back:[/]      layerwise compress MODEL --sparsity 0.6 --reconstruct --data text.jsonl -o out
     [dim]Short of memory:[/]  layerwise compress MODEL --data text.jsonl --stream --spill scratch -o out
     [dim]Several processes:[/]  torchrun --nproc-per-node 2 -m layerwise compress demo -o out
@@ -99,12 +105,22 @@ def compress(
         minutes,
         bits,
         levels,
+        parameters=parameters,
     )
     if plan is not None:
         refuse(context, "the plan says what is done to which layers (--plan)", *SHARING)
     if stream:
         refuse(context, "streamed models are built by transformers' own classes (--stream)", "remote_code")
     given = Plan.load(plan) if plan is not None else None
+    narrower = asked.build(seed=seed) if given is None and (parameters is not None or asked.narrows) else None
+    if narrower is not None or (given is not None and reshapes(given)):
+        refuse(context, "since heads, channels or blocks are cut, and no weight is solved", *SOLVING)
+        if recover_minutes is None:
+            refuse(context, "since it goes with --recover-minutes", "stages")
+        draw = (data, samples, length, batch)
+        NarrowJob(choice, narrower, given, output, force, seed, device, draw, recover_minutes, stages or 1).run(screen)
+        return
+    refuse(context, "since no heads, channels or blocks are cut: use layerwise recover", "recover_minutes", "stages")
     treatment = asked.treatment if given is None else treatment_of(given)
     chosen = solver_of(solver, solver_set or (), given.solver if given is not None else None, treatment)
     if dense and treatment != "factorize":

@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from ...errors import OutputError
-from .. import options
+from .. import options, shape_options
 from ..cache_tables import show_front
 from ..given import CALIBRATION, SHARING, check_png, refuse, refuse_existing
 from ..inputs import DataChoice, ModelChoice
@@ -31,6 +31,7 @@ def plan(
     exclude: options.Exclude = None,
     method: options.Method = None,
     sparsity: options.Sparsity = None,
+    parameters: shape_options.Parameters = None,
     pattern: options.Pattern = None,
     bits: options.Bits = None,
     levels: options.Levels = None,
@@ -64,6 +65,7 @@ def plan(
     [dim]Whatever is best for one solver:[/]  layerwise plan demo --method auto --set solver=sparsegpt --minutes 5 -o plan.yaml
     [dim]Blocks of weights:[/]  layerwise plan MODEL --method lpvit --pattern block:16x16 --sparsity 0.4 --data IMAGES -o plan.yaml
     [dim]Bits of the KV cache:[/]  layerwise plan demo --method kvtuner --bits 4 --minutes 5 -o plan.yaml
+    [dim]Heads and channels:[/]  layerwise plan demo --method adapt-pruner --parameters 0.7 -o plan.yaml
     [dim]Of training:[/]  layerwise plan demo --method owlore --set blocks=2 -o train.yaml
     [dim]After edits by hand:[/]  layerwise plan demo --edit plan.yaml --rebalance --keep '*.down_proj' -o plan2.yaml
     """
@@ -82,7 +84,17 @@ def plan(
         made = _edited(edit, structure, (keep or []) if rebalance else None)
     else:
         chosen = MethodChoice(
-            method, sparsity, pattern, min_sparsity, max_sparsity, tuple(set_ or ()), minutes, bits, levels, for_
+            method,
+            sparsity,
+            pattern,
+            min_sparsity,
+            max_sparsity,
+            tuple(set_ or ()),
+            minutes,
+            bits,
+            levels,
+            for_,
+            parameters,
         )
         built = chosen.build(seed=seed)
         _check_used(context, built)

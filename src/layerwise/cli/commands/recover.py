@@ -68,6 +68,7 @@ def recover(
     """
     from ...io import check_output
     from ...recover import Recovery
+    from ...recover.dtypes import cast
 
     screen = Screen(json=json, quiet=quiet)
     if teacher is None:
@@ -109,10 +110,10 @@ def recover(
     beside = taught if vocabulary is None else None  # predictions over tables of two sizes have no divergence
     before = measured(loaded, judged, beside, where, screen, "Measuring the model as it is")
     result = job.run(loaded, taught, screen)
-    if not apart:
-        loaded.to(
-            "cpu", dtype=dtype_of(str(choice.config.get("dtype") or choice.config.get("torch_dtype") or "float32"))
-        )
+    loaded.to("cpu")
+    stored = dtype_of(str(choice.config.get("dtype") or choice.config.get("torch_dtype") or "float32"))
+    if not apart and stored is not None:
+        cast(loaded, stored)
     after = measured(loaded, judged, beside, where, screen, "Measuring it afterwards")
     loaded.to("cpu")
     saved = job.save(loaded, target, force, result, screen)

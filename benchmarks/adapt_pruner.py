@@ -1,0 +1,239 @@
+"""Fewer heads, channels and blocks: perplexity of Adapt-Pruner beside its baselines, without and with equal training, and what runs faster.
+
+    python benchmarks/adapt_pruner.py --bed FOLDER --work /tmp/adapt_pruner
+
+Every method cuts the same share of the whole model's parameters (FLAP's biases come on top). Training is full fine-tuning beside the
+dense model (`Recovery`), the same minutes for each; "accel" is Adapt-Accel: the same minutes in stages. Speed is measured on the cut,
+untrained model in the same run as the dense one: decoding a token at batch 1 behind 64 others, and a prefill of 512. Every cell is
+written as soon as it is measured.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import layerwise as lw
+from allocation import protocol_of
+from bed import Subject, add_arguments, add_device, perplexity, subjects
+from layerwise.errors import LayerwiseError
+from layerwise.methods.adapt_accel import adapt_accel
+from layerwise.recover import Recovery
+from layerwise.shrink import apply
+from lines import Lines
+from measuring import machine
+
+HERE = Path(__file__).parent
+METHODS = "random-width,magnitude-width,llm-pruner,flap,shortgpt,adapt-pruner,adapt-pruner:reference=true,adapt-pruner:scale=rank"
+ACCEL = "accel"  # in the place of a method
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row. minutes: of training, 0 for none."""
+
+    model: str
+    share: float = 1.0
+    method: str = "dense"
+    minutes: float = 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser, models="demo,smollm2")
+    add_device(parser)
+    parser.add_argument("--methods", default=METHODS)
+    parser.add_argument("--shares", default="0.8,0.7,0.5", help="of the parameters that are kept")
+    parser.add_argument("--minutes", type=float, default=1.0, help="of training; 0: none")
+    parser.add_argument("--stages", type=int, default=4, help="of accel")
+    parser.add_argument("--step", type=float, default=0.02, help="of Adapt-Pruner")
+    parser.add_argument("--samples", type=int, default=32, help="that pruning looks at")
+    parser.add_argument("--windows", type=int, default=512, help="that training draws from, 16 of them held out")
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=20_480)
+    parser.add_argument("--lr", type=float, default=1e-3, help="of training")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--dtype", choices=("float32",), default="float32")
+    parser.add_argument("--out", type=Path, default=HERE / "results/adapt_pruner.md")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    results, shown = Lines(options.out.with_suffix(".jsonl")), {}
+    for subject in subjects(options):
+        settings = ("batch", "windows", "lr", "stages", "step")
+        protocol = {**protocol_of(subject, options), **{name: getattr(options, name) for name in settings}}
+        shown[subject.name] = protocol
+        for cell, row in measured(subject, options, results, protocol):
+            results.add({**asdict(cell), "protocol": protocol}, row)
+            print(" ".join(str(part) for part in asdict(cell).values()), row, file=sys.stderr, flush=True)
+    text = "\n".join(report(results, shown, options))
+    options.out.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def measured(
+    subject: Subject, options: argparse.Namespace, results: Lines, protocol: dict[str, Any]
+) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Each cell from the dense weights anew."""
+    windows = subject.evaluation(options.tokens, options.length)
+    calibration = batches(subject.calibration(options.samples, options.length, 0), options.batch)
+    ids = subject.calibration(options.windows, options.length, 1)
+    train, judged = batches(ids[16:], options.batch), batches(ids[:16], options.batch)
+    dense = lw.load(subject.folder, dtype="float32", device=options.device)
+
+    def missing(cell: Cell) -> bool:
+        return not results.of(**asdict(cell), protocol=protocol)
+
+    if missing(Cell(subject.name)):
+        speed = speeds(dense, dense)
+        yield Cell(subject.name), {"perplexity": perplexity(dense, windows), **speed, "parameters": size(dense)}
+    for share in map(float, options.shares.split(",")):
+        for name in options.methods.split(","):
+            plain, trained = Cell(subject.name, share, name), Cell(subject.name, share, name, options.minutes)
+            wanted = [cell for cell in (plain, trained) if missing(cell) and (cell is plain or options.minutes)]
+            if not wanted:
+                continue
+            model, started = lw.load(subject.folder, dtype="float32", device=options.device), time.perf_counter()
+            try:
+                apply(model, method_of(name, share, options).plan(model, calibration), calibration)
+            except LayerwiseError as error:
+                for cell in wanted:
+                    yield cell, {"error": str(error)}
+                continue
+            seconds = time.perf_counter() - started
+            if plain in wanted:
+                row = {"seconds": seconds, "perplexity": perplexity(model, windows), "parameters": size(model)}
+                yield plain, {**row, **speeds(dense, model)}
+            if trained in wanted:
+                recovery = Recovery(minutes=options.minutes, lr=options.lr, looks=4)
+                with tempfile.TemporaryDirectory() as work:
+                    found = recovery.train(model, train, judged, teacher=dense, work=work)
+                yield (
+                    trained,
+                    {"perplexity": perplexity(model, windows), "steps": found.steps, "parameters": size(model)},
+                )
+        cell = Cell(subject.name, share, ACCEL, options.minutes)
+        if options.minutes and missing(cell):
+            model, started = lw.load(subject.folder, dtype="float32", device=options.device), time.perf_counter()
+            recovery = Recovery(minutes=options.minutes, lr=options.lr, looks=8)
+            with tempfile.TemporaryDirectory() as work:
+                done = adapt_accel(
+                    model, method_of("adapt-pruner", share, options), calibration, train, judged, recovery=recovery,
+                    stages=options.stages, work=work, teacher=dense,
+                )  # fmt: skip
+            yield (
+                cell,
+                {
+                    "perplexity": perplexity(model, windows),
+                    "seconds": time.perf_counter() - started,
+                    "steps": sum(stage.steps for stage in done.stages),
+                    "parameters": size(model),
+                },
+            )
+
+
+def method_of(name: str, share: float, options: argparse.Namespace) -> lw.methods.Method:
+    name, _, given = name.partition(":")
+    own: dict[str, Any] = dict(setting.split("=") for setting in given.split(":") if setting)
+    if "reference" in own:
+        own["reference"] = True
+    if name == "adapt-pruner":
+        own["step"] = options.step
+        own["amplitude"] = options.step
+    return lw.methods.method_from(name, parameters=share, **own)
+
+
+def batches(ids: torch.Tensor, count: int) -> lw.Batches:
+    return lw.Batches(tuple({"input_ids": part} for part in ids.split(count)), {"tokens": ids.numel()})
+
+
+def size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def speeds(dense: nn.Module, model: nn.Module) -> dict[str, float]:
+    """Milliseconds of a prefill of 512 tokens and of decoding one behind 64, the median of turns that both take; and the dense ones."""
+    ids = torch.arange(512)[None] % 1000 + 3
+    found: dict[str, float] = {}
+    for name, run in (("prefill", prefill), ("decode", decode)):
+        times: dict[str, list[float]] = {"": [], "dense_": []}
+        for turn in range(8):
+            for which, one in (("", model), ("dense_", dense)):
+                spent = run(one, ids)
+                if turn:  # the first warms up
+                    times[which].append(spent)
+        found |= {f"{which}{name}": 1000 * statistics.median(one) for which, one in times.items()}
+    return found
+
+
+def prefill(model: nn.Module, ids: torch.Tensor) -> float:
+    started = time.perf_counter()
+    model(input_ids=ids, use_cache=False)
+    return time.perf_counter() - started
+
+
+def decode(model: nn.Module, ids: torch.Tensor) -> float:
+    cache = model(input_ids=ids[:, :64], use_cache=True).past_key_values
+    started = time.perf_counter()
+    for place in range(64, 72):
+        cache = model(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True).past_key_values
+    return (time.perf_counter() - started) / 8
+
+
+def report(results: Lines, shown: dict[str, dict[str, Any]], options: argparse.Namespace) -> Iterator[str]:
+    yield "# Fewer heads, channels and blocks: Adapt-Pruner beside its baselines"
+    yield ""
+    yield f"Machine: {machine(options.device)}; {options.threads} threads. layerwise {lw.__version__}, torch {torch.__version__}."
+    yield (
+        f"Protocol: float32; pruning looks at {options.samples} x {options.length} tokens; training: {options.minutes:g} minutes, lr"
+        f" {options.lr:g}, half of the loss from the dense model, {options.windows - 16} windows to draw from, one seed; Adapt-Pruner in"
+        f" steps of {options.step:g}; accel: {options.stages} stages in the same minutes of training. Perplexity on up to"
+        f" {options.tokens} held-out tokens in windows of {options.length}. Speed: times the dense model's, in the same run, on a machine"
+        " that others load: take it as about."
+    )
+    share_names = [float(one) for one in options.shares.split(",")]
+    for model, protocol in shown.items():
+        first = results.of(protocol=protocol, model=model, method="dense")[0]
+        yield from ["", f"## {model}", "", f"Dense: {first['perplexity']:.2f}, {first['parameters']:,} parameters.", ""]
+        heads = [f"{share:.0%}" for share in share_names]
+        yield f"| method | {' | '.join(f'{one} kept | trained' for one in heads)} | decode | prefill | bytes |"
+        yield f"|---|{'--:|--:|' * len(heads)}--:|--:|--:|"
+        for name in (*options.methods.split(","), ACCEL):
+            cells = []
+            for share in share_names:
+                for minutes in (0.0, options.minutes):
+                    rows = results.of(protocol=protocol, model=model, share=share, method=name, minutes=minutes)
+                    cells.append(figure(rows))
+            last = results.of(protocol=protocol, model=model, share=share_names[-1], method=name, minutes=0.0)
+            yield f"| {name} | {' | '.join(cells)} | {' | '.join(ratios(last, first))} |"
+        yield ""
+        yield f"Speed and bytes: at {heads[-1]}, over the dense model's."
+
+
+def figure(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    return "cannot" if "error" in rows[0] else f"{rows[0]['perplexity']:.2f}"
+
+
+def ratios(rows: list[dict[str, Any]], dense: dict[str, Any]) -> list[str]:
+    if not rows or "error" in rows[0]:
+        return ["", "", ""]
+    row = rows[0]
+    times = [f"{row[f'dense_{name}'] / row[name]:.2f} x faster" for name in ("decode", "prefill")]
+    return [*times, f"{row['parameters'] / dense['parameters']:.2f}"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Options of `layerwise compress` and `plan` for widths, depth, and what is tuned or trained along; shared ones are in `options.py`."""
+
+from typing import Annotated
+
+from .options import HOW, _option
+
+Parameters = Annotated[
+    float | None,
+    _option(
+        HOW,
+        "P",
+        "Of methods that cut heads, channels or blocks: the share of the model's parameters that is kept, or their number."
+        "  [dim]default: the method's own[/]",
+    ),
+]
+RecoverMinutes = Annotated[
+    float | None,
+    _option(
+        HOW,
+        "M",
+        "Of methods that cut heads, channels or blocks: train what is left for so many minutes on --data beside the dense model.",
+    ),
+]
+Stages = Annotated[
+    int | None,
+    _option(
+        HOW,
+        "N",
+        "With adapt-pruner and --recover-minutes: cut and train in so many stages in turn.  [dim]default: 1[/]",
+    ),
+]
+Reconstruct = Annotated[
+    bool,
+    _option(
+        HOW,
+        None,
+        "Tune each compressed block for a few epochs of the calibration data to give what the dense block gave; zeros, codes and patterns"
+        " stay.",
+        "--reconstruct",
+    ),
+]
+ReconstructSet = Annotated[
+    list[str] | None,
+    _option(
+        HOW,
+        "NAME=VALUE",
+        "With --reconstruct: epochs, lr, ratio_lr (of scales), target (dense, same), held_out, patience (repeatable).",
+    ),
+]

@@ -1,0 +1,103 @@
+"""`layerwise compress` where heads, channels and blocks are cut: what it writes, says, and refuses."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from layerwise.cli import main
+from layerwise.io import load
+from layerwise.plan import Plan
+
+DRAW = "--data text.txt --samples 4 --length 32".split()
+
+
+def parameters(folder):
+    return sum(one.numel() for one in load(folder).parameters())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["magnitude-width"],
+        ["llm-pruner", *DRAW],
+        ["flap", *DRAW],
+        ["adapt-pruner", *DRAW, "--set", "step=0.1"],
+        ["shortgpt", *DRAW],
+    ],
+    ids=lambda words: words[0],
+)
+def test_the_model_is_really_smaller(here, same_process, capsys, words):
+    before = parameters("model")
+    assert main(["compress", "model", "--method", *words, "--parameters", "0.8", "-o", "out"]) == 0
+    out = capsys.readouterr().out
+    assert "Win quality back: layerwise recover" in out
+    assert ("Loads with layerwise.load" in out) or ("Loads with transformers" in out)
+    after = parameters("out")
+    biases = 0.01 if words[0] == "flap" else 0  # the means that were put in the place of what went
+    assert 0.5 * before < after <= (0.8 + biases) * before
+    record = json.loads((here / "out/layerwise.json").read_text())["result"]
+    assert record["parameters"] == {"before": before, "after": after}
+    smaller, larger = (sum(f.stat().st_size for f in (here / x).glob("*.safetensors")) for x in ("out", "model"))
+    assert smaller < larger
+    plan = Plan.load(here / "out/plan.yaml")
+    assert (
+        main(["compress", "model", "--plan", "out/plan.yaml", *(DRAW if words[0] == "flap" else []), "-o", "again"])
+        == 0
+    )
+    assert plan.layers == Plan.load(here / "again/plan.yaml").layers
+    assert all(torch.equal(a, b) for a, b in zip(load("again").parameters(), load("out").parameters(), strict=True))
+
+
+def test_plans_show_what_stays(here, same_process, capsys):
+    assert main(["plan", "model", "--method", "magnitude-width", "--parameters", "0.8", "-o", "plan.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "what stays; all else stays whole" in out
+    assert "model.layers.0.mlp" in out
+    assert main(["evaluate", "model", *DRAW[:2]]) == 0
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_trained_in_turn_it_is_recorded_and_the_work_folder_goes(here, same_process, capsys, stages):
+    pytest.importorskip("accelerate")
+    words = ["--method", "adapt-pruner", "--set", "step=0.1", "--parameters", "0.7", "--recover-minutes", "0.02"]
+    more = ["--stages", str(stages)] if stages > 1 else []
+    assert main(["compress", "model", *words, *more, *DRAW, "-o", "out"]) == 0
+    out = capsys.readouterr().out
+    assert ("stage 2" in out) == (stages == 2)
+    assert "largest difference of logits 0 " in out
+    record = json.loads((here / "out/layerwise.json").read_text())["result"]["recovery"]
+    assert len(record.get("stages", [record])) == stages
+    assert not (here / "out.work").exists()
+    assert (
+        main(
+            ["recover", "out", "--teacher", "model", "--steps", "2", "--data", "text.txt", "--length", "32", "-o", "r"]
+        )
+        == 0
+    )
+    assert {n: v.shape for n, v in load_file("r/model.safetensors").items()} == {
+        n: v.shape for n, v in load_file("out/model.safetensors").items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "flap", "--parameters", "0.8", *DRAW, "--solver", "wanda"], "--solver: not used"),
+        (["--method", "flap", "--parameters", "0.01", *DRAW], "is the least"),
+        (["--method", "flap", "--parameters", "0", *DRAW], "parameters=0"),
+        (["--method", "wanda", "--parameters", "0.5"], 'unknown method "wanda"'),
+        (["--method", "owl", "--parameters", "0.5", *DRAW], "method owl takes no --parameters"),
+        (["--method", "flap", "--sparsity", "0.5", *DRAW], "method flap takes no --sparsity"),
+        (["--method", "flap", "--parameters", "0.8", "--stages", "3", *DRAW], "--stages: not used"),
+        (["--sparsity", "0.5", "--recover-minutes", "3", *DRAW], "use layerwise recover"),
+        (["--method", "flap", "--recover-minutes", "1", "--stages", "3", *DRAW], "Adapt-Pruner's"),
+    ],
+)
+def test_bad_requests_are_one_line_and_leave_nothing(here, same_process, capsys, words, said):
+    assert main(["compress", "model", *words, "-o", "out"]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert len([line for line in err.splitlines() if line.startswith("layerwise:")]) == 1
+    assert not (here / "out").exists()

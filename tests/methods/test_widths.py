@@ -1,0 +1,209 @@
+"""Methods that cut heads, channels and blocks: budgets met, plans that apply, the shared rules of every method."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from layerwise.allocate.units import Sized, lowest_first, meet, parameters_of
+from layerwise.errors import BudgetError, ConfigError, DataError, ModelError
+from layerwise.methods import METHODS, AdaptPruner, method_from
+from layerwise.methods.flap import above_threshold, standard
+from layerwise.methods.widths import Widths
+from layerwise.plan import Plan
+from layerwise.shrink import apply, kept_by
+from layerwise.structure import coupled_groups, numbers_of
+from layerwise.tasks.batches import Batches
+from models import MODELS, inputs_for, small_llama
+
+WIDTHS = ("magnitude-width", "random-width", "llm-pruner", "flap", "adapt-pruner")
+NAMES = ("llama", "qwen2", "gpt2", "phi3", "opt", "gemma3")
+BAD = {
+    "magnitude-width": ({"min_channels": 0}, "at least 1"),
+    "random-width": ({"parameters": 0}, "parameters=0"),
+    "llm-pruner": ({"form": "third"}, "form"),
+    "flap": ({"score": "wfv"}, "score"),
+    "shortgpt": ({"blocks": -1}, "blocks=-1"),
+    "adapt-pruner": ({"scale": "log"}, "scale"),
+}
+
+
+def data_for(name, model):
+    return Batches(tuple(inputs_for(name, model, seed=seed) for seed in range(2)), {})
+
+
+def made(name, parameters, **more):
+    own = {"step": 0.1, "amplitude": 0.05} if name == "adapt-pruner" else {}
+    own |= {"first_whole": 0.0, "last_whole": 0.0} if name == "llm-pruner" else {}
+    return method_from(name, parameters=parameters, **own, **more)
+
+
+@pytest.mark.parametrize("model_name", NAMES)
+@pytest.mark.parametrize("name", WIDTHS)
+def test_the_budget_is_met_to_less_than_a_unit_and_the_plan_applies(name, model_name):
+    model = MODELS[model_name]()
+    before = copy.deepcopy(model.state_dict())
+    data = data_for(model_name, model)
+    total = sum(one.numel() for one in model.parameters())
+    plan = made(name, 0.75).plan(model, data)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert plan == made(name, 0.75).plan(model, data)
+    assert Plan.from_text(plan.to_yaml()) == plan
+    groups = coupled_groups(model).groups
+    # Adapt-Pruner's last step may have taken heads alone, and what earlier steps took does not come back
+    costs = [numbers_of(model, group) for group in groups]
+    smallest = max(costs) if name == "adapt-pruner" else min(costs)
+    keep = kept_by(model, plan, coupled_groups(model))
+    left = total - sum(
+        numbers_of(model, group) * (group.units - len(keep.get(group.name, range(group.units)))) for group in groups
+    )
+    target = int(total * 0.75)
+    assert left <= target < left + smallest
+    assert plan.budget.parameters == target
+    without = plan.model_copy(update={"method": {**plan.method, "compensate": False}})
+    applied = apply(model, without)
+    assert applied.after == left == sum(one.numel() for one in model.parameters())
+    with torch.no_grad():
+        assert all(one.isfinite().all() for one in model(**data[0]).logits)
+
+
+@pytest.mark.parametrize("name", [*WIDTHS, "shortgpt"])
+def test_shared_rules(name):
+    assert METHODS[name].name == name
+    wrong, word = BAD[name]
+    with pytest.raises(ConfigError, match=word):
+        method_from(name, **wrong).plan(small_llama(), data_for("llama", MODELS["llama"]()))
+    if METHODS[name].needs_data:
+        with pytest.raises(DataError, match="needs calibration data"):
+            made(name, 0.9).plan(MODELS["llama"]())
+    method = made(name, 0.9)
+    assert method_from(**{"name": name, **dataclasses.asdict(method)}) == method
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_what_cannot_be_reached_says_what_can(name):
+    model = MODELS["llama"]()
+    with pytest.raises(BudgetError, match="is the least"):
+        made(name, 0.05).plan(model, data_for("llama", model))
+    with pytest.raises(BudgetError, match="cannot be kept"):
+        made(name, 10**9).plan(model, data_for("llama", model))
+    with pytest.raises(ModelError, match="no heads or channels"):
+        made(name, 0.9).plan(MODELS["cifar_resnet"](), data_for("cifar_resnet", model))
+
+
+@pytest.mark.parametrize("name", ["magnitude-width", "adapt-pruner"])
+def test_floors_and_multiples(name):
+    model = MODELS["llama"]()
+    plan = made(name, 0.7, min_channels=24, multiple_of=8).plan(model, data_for("llama", model))
+    kept = [entry.resize.channels for entry in plan.layers.values() if entry.resize.channels is not None]
+    assert kept
+    assert all(one >= 24 and one % 8 == 0 for one in kept)
+
+
+def test_llm_pruner_s_counts_on_its_own_models():
+    """Check 1: 0.25 of the groups in blocks 4 to 29 of LLaMA-7B: 8 heads and 2752 channels each; TinyLlama 4 to 17: 1 and 1408."""
+    for config, blocks, heads, channels, before, after in (
+        (LlamaConfig(), range(4, 30), 8, 2752, 6_738_415_616, 5_422_977_024),
+        (
+            LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_key_value_heads=4),
+            range(4, 18), 1, 1408, 1_100_048_384, 945_907_712,
+        ),
+        (
+            LlamaConfig(
+                hidden_size=4096, intermediate_size=14336, num_key_value_heads=8, vocab_size=128256,
+                tie_word_embeddings=False,
+            ),
+            range(4, 30), 2, 3584, 8_030_261_248, 6_612_586_496,
+        ),
+    ):  # fmt: skip
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config)
+        widths = Widths("test", model, None, 0.9)
+        assert widths.total == before
+        names = {f"model.layers.{index}" for index in blocks}
+        kept = {
+            group.name: group.units - ((heads if group.kind == "heads" else channels) if group.block in names else 0)
+            for group in widths.groups
+        }
+        assert parameters_of(widths.total, widths.sized, kept) == after
+
+
+def test_flap_s_threshold_over_the_model():
+    """Check 6: of the costs kept at 0.2 and 0.5; inclusive, since the threshold's own unit stays."""
+    scores = {"heads": torch.tensor([0.9, -0.4, 0.3]), "channels": torch.tensor([1.5, 0.2, -0.1, -0.8, 0.6, -1.2])}
+
+    class Two:
+        total, target = 42, 0  # costs in thirds: a head 8, a channel 3
+        sized = {"heads": Sized(3, 8, least=0), "channels": Sized(6, 3, least=0)}  # noqa: RUF012
+
+    def kept(share):
+        world = Two()
+        world.target = share
+        return above_threshold(scores, world)
+
+    assert kept(36) == {"heads": 3, "channels": 4}  # inclusive at -0.4: 85.7 % of the cost
+    assert kept(28) == {"heads": 2, "channels": 4}
+    assert kept(22) == {"heads": 2, "channels": 2}  # inclusive at 0.3: 52.4 %
+    assert standard(torch.full((4, 2), 3.0)).tolist() == [0, 0, 0, 0]
+
+
+def test_shortgpt_drops_what_changes_least():
+    short = MODELS["llama"]()
+    model = type(short)(LlamaConfig.from_dict({**short.config.to_dict(), "num_hidden_layers": 5}))
+    data = data_for("llama", model)
+    plan = method_from("shortgpt", blocks=2).plan(model, data)
+    gone = [name for name, entry in plan.layers.items() if entry.drop]
+    lowest = sorted(plan.scores, key=plan.scores.__getitem__)[:2]
+    assert {*gone} == {*lowest}
+    apply(model, plan)
+    assert model.config.num_hidden_layers == 3
+    with pytest.raises(BudgetError, match="with one block"):
+        method_from("shortgpt", parameters=0.01).plan(MODELS["llama"](), data_for("llama", MODELS["llama"]()))
+
+
+def test_adapt_pruner_leaves_a_model_below_its_target_alone():
+    model = MODELS["llama"]()
+    plan = AdaptPruner(parameters=1.0).plan(model, data_for("llama", model))
+    assert plan.layers == {}
+
+
+def test_the_reference_takes_whole_steps():
+    """Check 8: at most one step below the target."""
+    model = MODELS["llama"]()
+    total = sum(one.numel() for one in model.parameters())
+    method = AdaptPruner(parameters=0.75, step=0.1, amplitude=0.05, reference=True)
+    applied = apply(model, method.plan(model, data_for("llama", model)))
+    groups = coupled_groups(MODELS["llama"]()).groups
+    step = sum(numbers_of(MODELS["llama"](), group) * group.units for group in groups) * 0.15
+    assert (
+        0.75 * total - step - max(numbers_of(MODELS["llama"](), group) for group in groups)
+        < applied.after
+        <= 0.75 * total
+    )
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 50), st.integers(1, 4)), min_size=1, max_size=6),
+    st.floats(0, 1),
+)
+def test_meet_never_exceeds_and_leaves_no_room_for_a_unit(groups, share):
+    sized = {i: Sized(units, cost, 1, multiple) for i, (units, cost, multiple) in enumerate(groups)}
+    total = 7 + sum(one.units * one.cost for one in sized.values())
+    least = parameters_of(total, sized, {name: one.allowed(0) for name, one in sized.items()})
+    target = least + int(share * (total - least))
+    found = meet(total, sized, target, lambda t: {name: one.units * (1 - t) for name, one in sized.items()})
+    left = parameters_of(total, sized, found)
+    assert left <= target
+    for name, one in sized.items():
+        assert one.allowed(found[name]) == found[name]
+        if found[name] + one.multiple <= one.units:
+            assert left + one.cost * one.multiple > target
+
+
+def test_ties_keep_the_lower_index():
+    assert lowest_first([1.0, 2.0, 1.0, 1.0], 2) == [0, 1]
