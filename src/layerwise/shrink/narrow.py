@@ -84,10 +84,10 @@ def narrow(architecture: type[Any]) -> type[Any]:
 def taken_apart(config: Any) -> tuple[Any, dict[int, dict[str, int]], dict[str, int]]:
     """A config's dense sizes, what it says of each layer, and what of groups."""
     groups = dict(getattr(config, WIDTHS, None) or {})
-    forget_code(config)
     if not groups and not getattr(config, "is_heterogeneous", False):
         return config, {}, {}
     plain = copy.deepcopy(config)
+    forget_code(plain)
     layers: dict[int, dict[str, int]] = {}
     if getattr(config, "is_heterogeneous", False):
         layers = {int(index): dict(one) for index, one in (config.to_dict().get(PER_LAYER) or {}).items()}
