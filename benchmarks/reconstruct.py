@@ -26,6 +26,7 @@ import layerwise as lw
 from allocation import protocol_of
 from bed import Subject, add_arguments, add_device, perplexity, subjects
 from layerwise.recover import Reconstruction, Recovery, masks_of
+from layerwise.recover.dtypes import cast
 from lines import Lines
 from measuring import machine
 
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--report", action="store_true", help="measure nothing more: write what is there")
     parser.add_argument("--out", type=Path, default=HERE / "results/reconstruct.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -87,7 +89,7 @@ def main() -> None:
             **{name: getattr(options, name) for name in ("batch", "epochs", "lr", "full_lr", "windows", "seed")},
         }
         shown[subject.name] = protocol
-        for cell, row in measured(subject, options, results, protocol):
+        for cell, row in () if options.report else measured(subject, options, results, protocol):
             results.add({**asdict(cell), "protocol": protocol}, row)
             print(" ".join(str(part) for part in asdict(cell).values()), row, file=sys.stderr, flush=True)
     text = "\n".join(report(results, shown, options))
@@ -153,7 +155,8 @@ def trained(
 ) -> dict[str, Any]:
     """Full masked fine-tuning for so many seconds, what it measures by the way included."""
     ids = subject.calibration(options.windows, options.length, options.seed + 1)
-    started = time.perf_counter()
+    started, stored = time.perf_counter(), next(model.parameters()).dtype
+    model.float()  # small steps are lost in bfloat16 weights
     with tempfile.TemporaryDirectory() as work:
         recovery = Recovery(minutes=seconds / 60, lr=options.full_lr, looks=3, seed=options.seed)
         found = recovery.train(
@@ -164,6 +167,7 @@ def trained(
             teacher=teacher,
             keep=masks_of(model),
         )
+    cast(model, stored)
     return {"seconds": time.perf_counter() - started, "steps": found.steps, "best": found.best, "leaked": found.leaked}
 
 

@@ -27,17 +27,25 @@ def parameters_of(total: int, groups: Mapping[str, Sized], kept: Mapping[str, in
     return total - sum(group.cost * (group.units - kept[name]) for name, group in groups.items())
 
 
-def check_target(target: int, total: int, groups: Mapping[str, Sized], who: str) -> None:
-    """Raise BudgetError where so few parameters cannot be reached, with what can, or so many are not there."""
+def check_target(
+    target: int,
+    total: int,
+    groups: Mapping[str, Sized],
+    who: str,
+    unit: str = "parameters",
+    words: Callable[[int], str] = "{:,}".format,
+) -> None:
+    """Raise BudgetError where so few parameters (or whatever a cost is in) cannot be reached, with what can, or so many are not there."""
     least = parameters_of(total, groups, {name: group.allowed(0) for name, group in groups.items()})
     if target < least:
         raise BudgetError(
-            f"{who}: {target:,} of {total:,} parameters cannot be kept by cutting heads and channels alone; {least:,} ({least / total:.1%})"
-            " is the least, with one unit (or the floor asked for) left in every group. Ask for more, or drop blocks."
+            f"{who}: {words(target)} of {words(total)} {unit} cannot be kept by cutting heads and channels alone; {words(least)}"
+            f" ({least / total:.1%}) is the least, with one unit (or the floor asked for) left in every group. Ask for more, or drop"
+            " blocks."
         )
     if target > total:
         raise BudgetError(
-            f"{who}: the model has {total:,} parameters, {target:,} cannot be kept. Give a share below 1."
+            f"{who}: the model has {words(total)} {unit}, {words(target)} cannot be kept. Give a share below 1."
         )
 
 

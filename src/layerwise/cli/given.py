@@ -13,6 +13,8 @@ SHARING = (
     "method",
     "sparsity",
     "parameters",
+    "macs",
+    "latency",
     "pattern",
     "bits",
     "levels",

@@ -1,6 +1,6 @@
 """`layerwise compress` where heads, channels or blocks are cut: plan, cut, save, check what was saved."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,7 @@ class NarrowJob:
         """From the words to the folder. Raises what planning, cutting and saving raise."""
         from ..io import check_output
         from ..recover.dtypes import cast
+        from ..scores.unit_costs import forward_time
         from ..shrink import Applied, apply
 
         check_output(self.output, force=self.force, needed=self.choice.bytes)
@@ -73,8 +74,14 @@ class NarrowJob:
             show_notes(plan.notes, screen)
         else:
             plan = self._plan(model, structure, drawn, screen)
+            rows_of_time = int(plan.method.get("rows", 1)) if plan.method.get("budget") == "latency" else 0
+            before = forward_time(model, rows_of_time) if rows_of_time else 0.0
             with screen.task("Cutting"):
                 applied = apply(model, plan, drawn)
+            if rows_of_time:
+                applied = replace(
+                    applied, notes=(*applied.notes, _timed(before, forward_time(model, rows_of_time), plan))
+                )
             if training is not None:
                 found = training.after(model, self.choice, screen)
                 trained = {"before": found.before, "after": found.after, "steps": found.steps, "seconds": found.seconds}
@@ -197,3 +204,12 @@ class NarrowJob:
                 },
             }
         )
+
+
+def _timed(before: float, after: float, plan: "Plan") -> str:
+    """What a forward pass takes now, beside what was asked for."""
+    asked, rows = float(plan.method.get("parameters", 1.0)), plan.method.get("rows", 1)
+    return (
+        f"a forward pass of {rows} token(s) takes {1000 * after:.2f} ms, {1000 * before:.2f} before: {after / before:.1%}, {asked:.1%} was"
+        f" asked for ({after / before - asked:+.1%})."
+    )

@@ -43,6 +43,8 @@ class MethodChoice:
     levels: str | None = None
     target: str | None = None
     parameters: float | None = None
+    macs: float | None = None
+    latency: float | None = None
 
     def build(self, name: str | None = None, **more: Any) -> "Method":
         """The method, `more` added where it has such settings. Raises ConfigError for an unknown name or setting, offering the nearest."""
@@ -58,7 +60,7 @@ class MethodChoice:
             "bits": self._bits(name),
             "levels": self.levels,
             "target": self.target,
-            "parameters": self.parameters,
+            **self._share(),
         }
         given = {key: value for key, value in common.items() if value is not None}
         if name in METHODS:
@@ -77,6 +79,18 @@ class MethodChoice:
         if twice := [key for key in common if key in settings and getattr(self, key) is not None]:
             raise ConfigError(f"{_option_of(twice[0])} and --set {twice[0]}=: the same setting twice. Give it once.")
         return method_from(name, **{**given, **settings})
+
+    def _share(self) -> dict[str, Any]:
+        """What is kept of what. Raises ConfigError for two of them."""
+        given = {
+            name: getattr(self, name) for name in ("parameters", "macs", "latency") if getattr(self, name) is not None
+        }
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(f'--{name}' for name in given)}: a budget each. Give one of them.")
+        if not given or "parameters" in given:
+            return {"parameters": self.parameters}
+        kind, share = next(iter(given.items()))
+        return {"parameters": share, "budget": kind}
 
     @property
     def narrows(self) -> bool:

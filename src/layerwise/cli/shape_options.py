@@ -13,6 +13,19 @@ Parameters = Annotated[
         "  [dim]default: the method's own[/]",
     ),
 ]
+Macs = Annotated[
+    float | None,
+    _option(HOW, "P", "Instead of --parameters: the share of the multiply-adds of a token that is kept."),
+]
+Latency = Annotated[
+    float | None,
+    _option(
+        HOW,
+        "P",
+        "Instead of --parameters: the share of the time of a forward pass on this device that is kept, by a table measured first; the"
+        " result is measured, too. Tokens in a pass: --set rows=N, 1 where nothing is said.",
+    ),
+]
 RecoverMinutes = Annotated[
     float | None,
     _option(

@@ -65,6 +65,8 @@ def adapt_accel(
     together, and how they train; its schedule is "wsd" over the whole. Raises ConfigError for fewer than one stage, DataError for less
     data than stages, and what pruning and training raise.
     """
+    if method.budget != "parameters":
+        raise ConfigError(f'adapt_accel: budget="{method.budget}": stages are cut by parameters.')
     if stages < 1:
         raise ConfigError(f"adapt_accel: stages={stages}: give at least 1.")
     sizes = slices(len(data), stages)

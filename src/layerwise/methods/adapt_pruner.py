@@ -50,6 +50,8 @@ class AdaptPruner:
     min_heads: int = 1
     min_channels: int = 1
     multiple_of: int = 1
+    budget: str = "parameters"  # what the share is of: parameters, bytes, macs (a token), latency (here)
+    rows: int = 1  # of latency: tokens in a forward pass
 
     def __post_init__(self) -> None:
         check_share("AdaptPruner", self.parameters)
@@ -73,7 +75,7 @@ class AdaptPruner:
         check_whole(model, "Adapt-Pruner")
         widths = Widths(
             "AdaptPruner", model, structure, self.parameters,
-            min_heads=self.min_heads, min_channels=self.min_channels, multiple_of=self.multiple_of,
+            min_heads=self.min_heads, min_channels=self.min_channels, multiple_of=self.multiple_of, budget=self.budget, rows=self.rows,
         )  # fmt: skip
         batches, pruned = needed("AdaptPruner", data), copy.deepcopy(model)
         kept = {group.name: [*range(group.units)] for group in widths.groups}

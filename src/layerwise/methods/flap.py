@@ -37,6 +37,8 @@ class FLAP:
     min_heads: int = 1
     min_channels: int = 1
     multiple_of: int = 1
+    budget: str = "parameters"  # what the share is of: parameters, bytes, macs (a token), latency (here)
+    rows: int = 1  # of latency: tokens in a forward pass
 
     def __post_init__(self) -> None:
         check_share("FLAP", self.parameters)
@@ -47,7 +49,7 @@ class FLAP:
         """See `Method.plan`."""
         widths = Widths(
             "FLAP", model, structure, self.parameters,
-            min_heads=self.min_heads, min_channels=self.min_channels, multiple_of=self.multiple_of,
+            min_heads=self.min_heads, min_channels=self.min_channels, multiple_of=self.multiple_of, budget=self.budget, rows=self.rows,
         )  # fmt: skip
         seen = moments(model, needed("FLAP", data), widths.groups)
         found = fluctuations(model, widths.groups, seen, self.score, square_heads=self.square_heads)

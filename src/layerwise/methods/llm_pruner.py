@@ -39,6 +39,8 @@ class LLMPruner:
     min_heads: int = 1
     min_channels: int = 1
     multiple_of: int = 1
+    budget: str = "parameters"  # what the share is of: parameters, bytes, macs (a token), latency (here)
+    rows: int = 1  # of latency: tokens in a forward pass
 
     def __post_init__(self) -> None:
         check_share("LLMPruner", self.parameters)
@@ -53,7 +55,7 @@ class LLMPruner:
         """See `Method.plan`. Raises BudgetError where blocks between the protected ones cannot give so much."""
         widths = Widths(
             "LLMPruner", model, structure, self.parameters,
-            min_heads=self.min_heads, min_channels=self.min_channels, multiple_of=self.multiple_of,
+            min_heads=self.min_heads, min_channels=self.min_channels, multiple_of=self.multiple_of, budget=self.budget, rows=self.rows,
         )  # fmt: skip
         names = [block.name for block in widths.structure.blocks]
         between = {*names[round(self.first_whole * len(names)) : len(names) - round(self.last_whole * len(names))]}

@@ -31,6 +31,8 @@ class MagnitudeWidth:
     min_heads: int = 1
     min_channels: int = 1
     multiple_of: int = 1  # of channels
+    budget: str = "parameters"  # what the share is of: parameters, bytes, macs (a token), latency (here)
+    rows: int = 1  # of latency: tokens in a forward pass
 
     def __post_init__(self) -> None:
         check_share("MagnitudeWidth", self.parameters)
@@ -56,6 +58,8 @@ class RandomWidth:
     min_heads: int = 1
     min_channels: int = 1
     multiple_of: int = 1
+    budget: str = "parameters"  # what the share is of: parameters, bytes, macs (a token), latency (here)
+    rows: int = 1  # of latency: tokens in a forward pass
 
     def __post_init__(self) -> None:
         check_share("RandomWidth", self.parameters)
@@ -80,6 +84,8 @@ def _widths(method: "MagnitudeWidth | RandomWidth", model: nn.Module, structure:
         min_heads=method.min_heads,
         min_channels=method.min_channels,
         multiple_of=method.multiple_of,
+        budget=method.budget,
+        rows=method.rows,
     )
 
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from ..allocate.units import Sized, check_target, lowest_first, parameters_of
 from ..errors import ConfigError, ModelError
 from ..plan import Budget, Plan, Resize, Treatments
-from ..structure import Coupling, Group, Structure, coupled_groups, numbers_of, structure_of
+from ..scores.unit_costs import costs_of
+from ..structure import Coupling, Group, Structure, coupled_groups, structure_of
 from ..treatments import kept_text
 
 __all__ = ["Widths", "check_share", "widths_plan"]
@@ -36,6 +37,8 @@ class Widths:
         min_heads: int = 1,
         min_channels: int = 1,
         multiple_of: int = 1,
+        budget: str = "parameters",
+        rows: int = 1,
     ) -> None:
         if min(min_heads, min_channels, multiple_of) < 1:
             raise ConfigError(f"{owner}: min_heads, min_channels and multiple_of are at least 1.")
@@ -45,18 +48,20 @@ class Widths:
         if not self.coupling.groups:
             reasons = "; ".join(sorted({reason for _, reason in self.coupling.left})) or "it has no blocks"
             raise ModelError(f"{type(model).__name__} has no heads or channels that can be cut: {reasons}.")
-        self.total = sum(parameter.numel() for parameter in model.parameters())
+        self.costs = costs_of(model, self.groups, budget, rows)
+        self.total = self.costs.total
         self.target = int(self.total * parameters + 1e-6) if parameters <= 1 else int(parameters)
         self.sized = {
             group.name: Sized(
                 group.units,
-                numbers_of(model, group),
+                self.costs.units[group.name],
                 min(group.units, min_heads if group.kind == "heads" else min_channels),
                 max(group.multiple, multiple_of) if group.kind == "channels" else 1,
             )
             for group in self.groups
         }
-        check_target(self.target, self.total, self.sized, owner)
+        self.budget = budget
+        check_target(self.target, self.total, self.sized, owner, self.costs.unit, self.costs.words)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -97,17 +102,25 @@ def widths_plan(
         )
         layers[group.name] = Treatments(resize=Resize(**sizes, kept=which))
     left = parameters_of(widths.total, widths.sized, {name: len(units) for name, units in kept.items()})
-    short = widths.target - left
-    said = [
-        f"{left:,} of {widths.total:,} parameters stay ({left / widths.total:.2%}), {short:,} fewer than asked for."
-    ]
+    words = widths.costs.words
+    short = "" if widths.budget == "latency" else f", {words(widths.target - left)} fewer than asked for"
+    said = [f"{words(left)} of {words(widths.total)} {widths.costs.unit} stay ({left / widths.total:.2%}){short}."]
     return Plan(
         method=method,
-        budget=Budget(parameters=widths.target),
+        budget=_budget(widths),
         layers=layers,
         scores=dict(scores or {}),
         notes=(*said, *widths.notes, *notes),
     )
+
+
+def _budget(widths: Widths) -> Budget:
+    """What a plan can say of it; a time is in its notes alone, being of one device."""
+    if widths.budget == "macs":
+        return Budget(flops=2 * widths.target)
+    if widths.budget == "bytes":
+        return Budget(bytes=widths.target)
+    return Budget(parameters=widths.target) if widths.budget == "parameters" else Budget()
 
 
 def lowest_go(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, list[int]]:

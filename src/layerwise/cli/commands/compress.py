@@ -38,6 +38,8 @@ def compress(
     method: options.Method = None,
     sparsity: options.Sparsity = None,
     parameters: shape_options.Parameters = None,
+    macs: shape_options.Macs = None,
+    latency: shape_options.Latency = None,
     recover_minutes: shape_options.RecoverMinutes = None,
     stages: shape_options.Stages = None,
     pattern: options.Pattern = None,
@@ -106,13 +108,17 @@ def compress(
         bits,
         levels,
         parameters=parameters,
+        macs=macs,
+        latency=latency,
     )
     if plan is not None:
         refuse(context, "the plan says what is done to which layers (--plan)", *SHARING)
     if stream:
         refuse(context, "streamed models are built by transformers' own classes (--stream)", "remote_code")
     given = Plan.load(plan) if plan is not None else None
-    narrower = asked.build(seed=seed) if given is None and (parameters is not None or asked.narrows) else None
+    narrower = (
+        asked.build(seed=seed) if given is None and (asked.narrows or {parameters, macs, latency} != {None}) else None
+    )
     if narrower is not None or (given is not None and reshapes(given)):
         refuse(context, "since heads, channels or blocks are cut, and no weight is solved", *SOLVING)
         if recover_minutes is None:

@@ -32,6 +32,8 @@ def plan(
     method: options.Method = None,
     sparsity: options.Sparsity = None,
     parameters: shape_options.Parameters = None,
+    macs: shape_options.Macs = None,
+    latency: shape_options.Latency = None,
     pattern: options.Pattern = None,
     bits: options.Bits = None,
     levels: options.Levels = None,
@@ -95,6 +97,8 @@ def plan(
             levels,
             for_,
             parameters,
+            macs,
+            latency,
         )
         built = chosen.build(seed=seed)
         _check_used(context, built)
