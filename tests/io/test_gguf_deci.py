@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from layerwise.errors import ConfigError, MissingExtra, ModelError, OutputError, SaveError
 from layerwise.io import gguf_deci, load, load_tokenizer, model_folder, save_gguf
 from layerwise.io.gguf_tokenizer import _LLAMA3
-from layerwise.shrink import drop_blocks, shrink
+from layerwise.shrink import cut_hidden, drop_blocks, shrink
 from layerwise.structure import coupled_groups
 from models import DECODER, MODELS, small_llama
 from shrinking import drawn
@@ -28,6 +28,7 @@ SETTINGS = {
     "llama3": {"rope_parameters": LLAMA3, "head_dim": 16},
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}},
     "mlp_bias": {"mlp_bias": True},
+    "hidden": {},
 }
 
 
@@ -56,6 +57,8 @@ def narrowed(name):
     model = with_biases(small_llama(**{**DECODER, "num_hidden_layers": 3, **SETTINGS[name]}))
     shrink(model, {"model.layers.0.mlp": range(8, 50), "model.layers.2.self_attn": [1], "model.layers.2.mlp": [3]})
     drop_blocks(model, ["model.layers.1"])
+    if name == "hidden":
+        cut_hidden(model, range(0, 32, 2))
     return model
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from layerwise.errors import ConfigError
 from layerwise.io import load, save
 from layerwise.io.remote_code import FAMILIES
-from layerwise.shrink import drop_blocks, shrink
+from layerwise.shrink import cut_hidden, drop_blocks, shrink
 from layerwise.structure import coupled_groups
 from models import DECODER, MODELS, inputs_for
 from quantized import quantized
@@ -152,6 +152,15 @@ def test_layerwise_loads_it_both_ways_and_saves_it_again(tmp_path, modules):
     assert type(remote).__name__ == "LlamaForCausalLM"
     save(remote, tmp_path / "narrower", verify=False)
     assert [layer.mlp.up_proj.out_features for layer in load(tmp_path / "narrower").model.layers] == [8] * 4
+
+
+def test_the_residual_stream_may_be_narrower_too(tmp_path, modules):
+    model = narrowed("llama")
+    cut_hidden(model, range(0, 32, 2))
+    save(model, tmp_path / "out", mode="remote-code", verify=False)
+    remote, batch = load(tmp_path / "out", remote_code=True), inputs_for("llama", model, seed=0)
+    assert remote.model.layers[0].mlp.up_proj.in_features == 16
+    assert torch.equal(outputs(remote, batch)[0], outputs(model, batch)[0])
 
 
 def test_it_is_trained_on(tmp_path, modules):

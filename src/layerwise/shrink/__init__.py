@@ -3,6 +3,7 @@
 from .apply import Applied, apply, changes_shapes, kept_by
 from .cut import Keep, cut_units, shrink, zero_out
 from .depth import drop_blocks
+from .hidden import cut_hidden
 from .narrow import GLOBAL_READS, REMOTE_MODULE, is_narrow, narrow, register, said_by_layer, settle, widths_of
 from .uniform import uniform_widths
 
@@ -13,6 +14,7 @@ __all__ = [
     "Keep",
     "apply",
     "changes_shapes",
+    "cut_hidden",
     "cut_units",
     "drop_blocks",
     "is_narrow",
