@@ -14,6 +14,7 @@ from layerwise.io import save
 from layerwise.io.stream import load_streamed, save_streamed
 from layerwise.passes import collect_dense
 from layerwise.plan import Plan, Prune
+from layerwise.shrink import shrink
 from layerwise.solvers import Wanda
 from layerwise.structure import structure_of
 from layerwise.tasks.batches import Batches, call
@@ -94,6 +95,15 @@ def test_files_with_other_names_are_refused(tmp_path):
         load_streamed(tmp_path)
 
 
+@pytest.mark.parametrize(("keep", "mode"), [("mlp", "auto"), ("self_attn", "auto"), ("self_attn", "remote-code")])
+def test_widths_of_each_layer_are_refused(keep, mode, tmp_path):
+    model = MODELS["llama"]()
+    shrink(model, {f"model.layers.1.{keep}": [1]})
+    save(model, tmp_path / "out", mode=mode, verify=False)
+    with pytest.raises(ModelError, match=r"widths of their own; load it whole \(without --stream\)"):
+        load_streamed(tmp_path / "out")
+
+
 def test_code_in_the_folder_is_not_run_and_not_asked_about(tmp_path, monkeypatch):
     MODELS["llama"]().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -112,6 +122,7 @@ import json, sys, torch
 from layerwise.engine import Settings, compress
 from layerwise.io.stream import load_streamed, save_streamed
 from layerwise.plan import Plan, Prune
+from layerwise.shrink import shrink
 from layerwise.solvers import Wanda
 from layerwise.structure import structure_of
 from layerwise.tasks.batches import Batches

@@ -1,6 +1,7 @@
 """Models and tokenizers in and out of folders, in stock formats; what is saved is checked in a fresh process."""
 
 from .armor_linear import ArmorLinear, armor_linears, fastest_cores, multiplied_out
+from .gguf_deci import SavedGGUF, save_gguf
 from .kv_cache import load_cache
 from .load import check_finite, load, load_image_processor, load_into, load_tokenizer
 from .packed_read import packed_codes
@@ -17,6 +18,7 @@ from .zeros import count_zeros
 __all__ = [
     "ArmorLinear",
     "Saved",
+    "SavedGGUF",
     "SavedReport",
     "Target",
     "Verified",
@@ -39,6 +41,7 @@ __all__ = [
     "needed_bytes",
     "packed_codes",
     "save",
+    "save_gguf",
     "save_whole_streamed",
     "saved_report",
     "target_of",

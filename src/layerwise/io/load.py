@@ -17,7 +17,7 @@ from ..tasks.undisturbed import quiet
 from .armor_linear import factored as put_in_factors
 from .factored_read import FactoredFolder, factored_folder
 from .packed_read import PackedFolder, dtype_in, packed_folder
-from .places import Loader, loader_of, model_folder, read_config
+from .places import Loader, architecture_of, loader_of, model_folder, read_config
 from .weights import StoredTensor, check_file, read_tensors, weight_files
 
 _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -147,7 +147,7 @@ def _class_of(folder: Path, loader: Loader) -> Any:
         return loader.get()
     import transformers
 
-    return narrow(getattr(transformers, str(read_config(folder)["architectures"][0])))
+    return narrow(getattr(transformers, architecture_of(read_config(folder))))
 
 
 def _run_in_factors(model: nn.Module, folder: FactoredFolder, dtype: str | torch.dtype) -> None:
@@ -164,7 +164,7 @@ def _build_unpacked(packed: PackedFolder | FactoredFolder, loader: Loader, dtype
     import transformers
 
     folder = packed.folder
-    architecture = getattr(transformers, str(read_config(folder)["architectures"][0]), None)
+    architecture = getattr(transformers, architecture_of(read_config(folder)), None)
     if loader.remote_code or architecture is None:
         raise ModelError(
             f"{folder}: packed weights and factors are read into stock classes of transformers, not into code of its own."

@@ -3,11 +3,13 @@
 import difflib
 import importlib.resources
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import MissingExtra, ModelError
+from ..shrink import REMOTE_MODULE
 
 # Tried in this order for `architectures[0]` of config.json; the table of each is in transformers' modeling_auto.
 _AUTO = {
@@ -22,6 +24,7 @@ _AUTO = {
     "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
     "AutoModel": "MODEL_MAPPING_NAMES",
 }
+REMOTE_PREFIX = "Layerwise"  # of the classes in a modelling file of ours
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors", "diffusion_pytorch_model*.safetensors"]
 _HUB_VARIANTS = ["*.fp16.safetensors", "*.non_ema.safetensors", "*/*"]  # other precisions, other parts of a pipeline
 
@@ -112,6 +115,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The class of transformers that a config.json names. With a modelling file of ours that is the class which it makes narrower."""
+    name = str(config["architectures"][0])
+    own = any(REMOTE_MODULE in str(place) for place in (config.get("auto_map") or {}).values())
+    return name.removeprefix(REMOTE_PREFIX) if own else name
+
+
 def loader_of(folder: Path, *, remote_code: bool = False) -> Loader:
     """The stock class for this folder, from its config.json. Raises ModelError for an architecture that nobody knows."""
     config = read_config(folder)
@@ -129,7 +139,7 @@ def loader_of(folder: Path, *, remote_code: bool = False) -> Loader:
         raise ModelError(
             f'{folder}/config.json: it does not say which class the model is. Add "architectures", such as ["LlamaForCausalLM"].'
         )
-    return _transformers_loader(folder, config, str(architectures[0]), str(kind), remote_code)
+    return _transformers_loader(folder, config, architecture_of(config), str(kind), remote_code)
 
 
 def _transformers_loader(

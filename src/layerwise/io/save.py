@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
 from ..engine import Result
-from ..errors import LayerwiseError, ModelError, SaveError
+from ..errors import ConfigError, LayerwiseError, ModelError, SaveError
 from ..passes import store_of
 from ..plan import Plan
 from ..shrink import is_narrow
@@ -29,6 +29,7 @@ from .kv_cache import PLAN, cache_words
 from .packed_report import PackedReport, packed_report
 from .packed_write import Packing, choose, need_compressed_tensors, pack_folder
 from .places import Loader, loader_of, read_config
+from .remote_code import check_family, write_remote_code
 from .targets import Target, check_schemes
 from .verify import Verified
 from .weights import weight_files
@@ -36,6 +37,7 @@ from .whole import check_output, is_disk_full, whole_folder
 from .zeros import count_zeros
 
 BY_LAYERWISE = Loader("layerwise", "load")
+Mode = Literal["auto", "remote-code"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def save(
     codes: Mapping[str, Codes] | None = None,
     factors: Mapping[str, Factors] | None = None,
     target: Target = "transformers",
+    mode: Mode = "auto",
 ) -> Saved:
     """Write `model` to `folder`: a stock transformers or diffusers folder, or plain weights for a module of another class.
 
@@ -112,19 +115,27 @@ def save(
     before, to state its bytes. codes: layer -> codes of the weight that it has now; stored packed in their place
     (compressed-tensors pack-quantized), or dense with a note where the format or `target` cannot hold them. factors: layer ->
     factors of the weight that it has now, stored in its place; such a folder loads with `load` alone. So does that of a model with
-    `ArmorLinear`s.
-    Raises ModelError for a streamed model (`save_whole_streamed`), OutputError before anything is written (exists, no room, cannot
-    be written), PlanError if `target` cannot run the codes' schemes, MissingExtra if they cannot be loaded back; SaveError if
-    writing fails or the folder does not load back to the same model: then no folder appears.
+    `ArmorLinear`s. mode: "remote-code" puts a modelling file beside widths of each layer, so that they load without layerwise
+    (`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`), with `layerwise.load` as before.
+    Raises ModelError for a streamed model (`save_whole_streamed`), ConfigError for a model that there is no modelling file for or that
+    needs none, OutputError before anything is written (exists, no room, cannot be written), PlanError if `target` cannot run the
+    codes' schemes, MissingExtra if they cannot be loaded back; SaveError if writing fails or the folder does not load back to the
+    same model: then no folder appears.
     """
     if store_of(model) is not None:
         raise ModelError(
             "the model is streamed: save it by layerwise.io.save_whole_streamed(model, folder, dense=...)."
         )
+    if mode not in get_args(Mode):
+        raise ConfigError(f'save: mode="{mode}": give {" or ".join(get_args(Mode))}.')
+    if mode == "remote-code":
+        check_family(model)
     result = plain(result)
     every = AllFactors(model, factors)
     if every and codes:
         raise ModelError("a folder holds codes or factors, not both: save without one of them.")
+    if every and mode == "remote-code":
+        raise ConfigError('mode "remote-code": factors load with layerwise.load alone. Leave the mode out.')
     packing = choose(model, codes, target) if codes else None
     if packing is not None:
         check_schemes(packing.schemes, packing.linears, target)
@@ -135,7 +146,7 @@ def save(
     with whole_folder(whole, force=force) as partial:
         loader = _write_model(model, partial)
         if loader is not None and loader.library == "transformers" and is_narrow(read_config(partial)):
-            loader = BY_LAYERWISE
+            loader = write_remote_code(model, partial) if mode == "remote-code" else BY_LAYERWISE
         entry: dict[str, str] = {}
         notes = every.notes
         if every:

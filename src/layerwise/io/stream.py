@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import ModelError, SaveError
+from ..shrink import is_narrow
 from ..structure import structure_of
 from ..tasks.undisturbed import quiet
 from .factored_read import RECORD, FactoredFolder, factored_folder
@@ -104,13 +105,17 @@ class BlockFiles:
 def load_streamed(name: str | Path, *, dtype: torch.dtype | None = None) -> nn.Module:
     """The model of a folder or hub name with its blocks left on disk, in evaluation mode; dtype None keeps the stored one.
 
-    Raises ModelError as `load`, and where the files do not name their tensors as the modules do (experts stored one by one, renamed
-    layers): such a model must be loaded whole.
+    Raises ModelError as `load`, where layers have widths of their own, and where the files do not name their tensors as the modules do
+    (experts stored one by one, renamed layers): such a model must be loaded whole.
     """
     import transformers
 
     folder = model_folder(name)
     loader = loader_of(folder)
+    if loader.library == "transformers" and is_narrow(
+        read_config(folder)
+    ):  # a stock class would be built in its dense sizes
+        raise ModelError(f"{folder}: its layers have widths of their own; load it whole (without --stream).")
     packed = packed_folder(folder) or factored_folder(folder)
     where = packed.files() if packed else {t.name: file for file in weight_files(folder) for t in check_file(file)}
     try:

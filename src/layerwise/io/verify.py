@@ -94,7 +94,8 @@ def verify(
                 loaded.pop(f"{layer}.{part}", None)
     _compare_tensors(own, loaded, str(folder))
     difference = _compare_outputs(expected, got, str(folder)) if expected else None
-    return Verified(f"{loader.library}.{loader.class_name}", len(own), tuple(expected), difference)
+    allowed = " (trust_remote_code=True)" if loader.remote_code else ""
+    return Verified(f"{loader.library}.{loader.class_name}{allowed}", len(own), tuple(expected), difference)
 
 
 def verify_packed(model: nn.Module, folder: Path, packing: Packing) -> Verified:
@@ -182,6 +183,9 @@ def _run(request: Mapping[str, Any], seconds: float) -> None:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "HF_MODULES_CACHE": str(
+            answers / "modules"
+        ),  # where transformers copies code of the folder to: gone with the answers
     }
     try:
         done = subprocess.run(

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import ConfigError, ModelError
 from ..structure import Stack, structure_of
-from .narrow import stock_class, widths_of
+from .narrow import settle, stock_class, widths_of
 
 _COUNTS = ("num_hidden_layers", "num_layers", "encoder_layers", "num_decoder_layers", "decoder_layers", "depth")
 _BY_INDEX = ("mlp_only_layers", "moe_layers")  # lists of the blocks that are of a kind
@@ -32,6 +32,8 @@ def drop_blocks(model: nn.Module, names: Sequence[str]) -> None:
             raise ConfigError(f'"{stack.name}": all of its {len(gone)} blocks were to be dropped. Keep at least one.')
         if gone:
             _drop(model, stack, gone)
+    if "layerwise_narrow" in vars(type(model)):  # the blocks that are left may be alike
+        settle(model)
 
 
 def _drop(model: nn.Module, stack: Stack, gone: set[int]) -> None:

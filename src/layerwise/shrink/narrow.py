@@ -21,6 +21,8 @@ from ..structure import Coupling, Group, coupled_groups, structure_of
 from .cut import cut_units
 
 PER_LAYER, WIDTHS = "per_layer_config", "layerwise_widths"  # in config.json
+GLOBAL_READS = "allow_global_per_layer_attribute_access"  # transformers' own: its configs check sizes that layers may say otherwise
+REMOTE_MODULE = "modeling_layerwise"  # of a folder that brings its own code (`io.remote_code`)
 _CHANNELS = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size")
 _HEADS, _KV_HEADS = "num_attention_heads", "num_key_value_heads"
 
@@ -37,6 +39,7 @@ def settle(model: nn.Module) -> None:
     if widths_of(model, now) and (config := _alike(model, stock, now)) is not None:
         for name, value in config.items():
             setattr(model.config, name, value)
+    forget_code(model.config)
     model.__class__ = narrow(stock) if widths_of(model, now) else stock  # type: ignore[arg-type]
 
 
@@ -84,12 +87,20 @@ def taken_apart(config: Any) -> tuple[Any, dict[int, dict[str, int]], dict[str, 
     if not groups and not getattr(config, "is_heterogeneous", False):
         return config, {}, {}
     plain = copy.deepcopy(config)
+    forget_code(plain)
     layers: dict[int, dict[str, int]] = {}
     if getattr(config, "is_heterogeneous", False):
         layers = {int(index): dict(one) for index, one in (config.to_dict().get(PER_LAYER) or {}).items()}
         plain.per_layer_config = None
+        plain.__dict__.pop(GLOBAL_READS, None)
     plain.__dict__.pop(WIDTHS, None)
     return plain, layers, groups
+
+
+def forget_code(config: Any) -> None:
+    """A modelling file of ours that the config points to: it stays behind in the folder that the model came from."""
+    if any(REMOTE_MODULE in str(place) for place in (getattr(config, "auto_map", None) or {}).values()):
+        del config.auto_map
 
 
 def cut_to(model: nn.Module, layers: Mapping[int, Mapping[str, int]], groups: Mapping[str, int]) -> None:
@@ -121,6 +132,11 @@ def write_widths(model: nn.Module, folder: Path) -> None:
         said = by_layer is not None and _reads(model.config, {**config, PER_LAYER: by_layer})
         config |= {PER_LAYER: by_layer} if said else {WIDTHS: widths}
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def said_by_layer(model: nn.Module) -> dict[str, dict[str, int]] | None:
+    """What `per_layer_config` says of the model's layers; None where it cannot."""
+    return _by_layer(model, coupled_groups(model))
 
 
 def _reads(config: Any, written: dict[str, Any]) -> bool:
