@@ -196,11 +196,11 @@ def report(results: Lines, shown: dict[str, dict[str, Any]], options: argparse.N
     yield ""
     yield f"Machine: {machine(options.device)}; {options.threads} threads. layerwise {lw.__version__}, torch {torch.__version__}."
     yield (
-        f"Protocol: float32; pruning looks at {options.samples} x {options.length} tokens; training: {options.steps} steps of {options.batch} windows, lr"
-        f" {options.lr:g}, half of the loss from the dense model, {options.windows - 16} windows to draw from, one seed; Adapt-Pruner in"
-        f" steps of {options.step:g}; accel: {options.stages} stages in the same steps of training. Perplexity on up to"
-        f" {options.tokens} held-out tokens in windows of {options.length}. Speed: times the dense model's, in the same run, on a machine"
-        " that others load: take it as about."
+        f"Protocol: float32; pruning looks at {options.samples} x {options.length} tokens; training: {options.steps} steps of"
+        f" {options.batch} windows, lr {options.lr:g}, half of the loss from the dense model, {options.windows - 16} windows to draw from,"
+        f" one seed; Adapt-Pruner in steps of {options.step:g}; accel: {options.stages} stages in the same steps of training. Perplexity on"
+        f" up to {options.tokens} held-out tokens in windows of {options.length}. Speed: times the dense model's, in the same run, on a"
+        " machine that others load: take it as about."
     )
     share_names = [float(one) for one in options.shares.split(",")]
     for model, protocol in shown.items():

@@ -52,6 +52,22 @@ def test_the_model_is_really_smaller(here, same_process, capsys, words):
     assert all(torch.equal(a, b) for a, b in zip(load("again").parameters(), load("out").parameters(), strict=True))
 
 
+def test_one_width_for_all_blocks_is_a_stock_folder(here, same_process, capsys):
+    words = ["--method", "llm-pruner", *DRAW, "--parameters", "0.8", "--uniform-width", "--multiple-of", "8"]
+    assert main(["compress", "model", *words, "-o", "out"]) == 0
+    assert "Loads with transformers" in capsys.readouterr().out
+    config = json.loads((here / "out/config.json").read_text())
+    assert config["intermediate_size"] % 8 == 0
+    assert parameters("out") <= 0.8 * parameters("model")
+
+
+def test_a_modelling_file_goes_along_where_it_is_asked_for(here, same_process, capsys):
+    words = ["--method", "llm-pruner", *DRAW, "--parameters", "0.85", "--save-as", "remote-code"]
+    assert main(["compress", "model", *words, "-o", "out"]) == 0
+    assert "trust_remote_code=True" in capsys.readouterr().out
+    assert (here / "out/modeling_layerwise.py").is_file()
+
+
 def test_plans_show_what_stays(here, same_process, capsys):
     assert main(["plan", "model", "--method", "magnitude-width", "--parameters", "0.8", "-o", "plan.yaml"]) == 0
     out = capsys.readouterr().out
@@ -94,6 +110,9 @@ def test_trained_in_turn_it_is_recorded_and_the_work_folder_goes(here, same_proc
         (["--method", "flap", "--sparsity", "0.5", *DRAW], "method flap takes no --sparsity"),
         (["--method", "flap", "--parameters", "0.8", "--stages", "3", *DRAW], "--stages: not used"),
         (["--sparsity", "0.5", "--recover-minutes", "3", *DRAW], "use layerwise recover"),
+        (["--method", "magnitude-width", "--multiple-of", "8"], "--multiple-of: not used"),
+        (["--method", "magnitude-width", "--save-as", "onnx"], "give auto or remote-code"),
+        (["--sparsity", "0.5", "--uniform-width", *DRAW], "no heads or channels are cut"),
         (["--method", "magnitude-width", "--macs", "0.5", "--parameters", "0.5"], "Give one of them"),
         (["--method", "flap", "--recover-minutes", "1", "--stages", "3", *DRAW], "Adapt-Pruner's"),
     ],

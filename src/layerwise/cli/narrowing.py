@@ -45,6 +45,8 @@ class NarrowJob:
     draw: tuple[str | None, int, int | None, int | None]
     minutes: float | None = None  # of training
     stages: int = 1
+    uniform: int | None = None  # one width for all blocks, a multiple of this
+    mode: Any = "auto"  # of saving
 
     def run(self, screen: Screen) -> None:
         """From the words to the folder. Raises what planning, cutting and saving raise."""
@@ -54,6 +56,12 @@ class NarrowJob:
         from ..shrink import Applied, apply
 
         check_output(self.output, force=self.force, needed=self.choice.bytes)
+        if self.mode not in ("auto", "remote-code"):
+            raise ConfigError(f'--save-as "{self.mode}": give auto or remote-code.')
+        if self.stages > 1 and self.uniform is not None:
+            raise ConfigError(
+                "--stages and --uniform-width: a stage keeps what the one before it left. Give one of them."
+            )
         if self.stages > 1 and (self.method is None or self.method.name != "adapt-pruner"):
             raise ConfigError("--stages: cutting and training in turn is Adapt-Pruner's: --method adapt-pruner.")
         drawn = self._data(screen)
@@ -95,10 +103,17 @@ class NarrowJob:
         self._show(plan, applied, drawn, saved, trained, screen)
 
     def _plan(self, model: "nn.Module", structure: "Structure", drawn: "Batches | None", screen: Screen) -> "Plan":
+        from ..shrink import uniform_widths
+
         if self.given is None:
-            return make_plan(self.method, self.choice, model, structure, drawn, screen)[0]
-        show_notes(self.given.notes, screen)
-        return self.given if self.given.model is not None else with_facts(self.given, self.choice, structure)
+            plan = make_plan(self.method, self.choice, model, structure, drawn, screen)[0]
+        else:
+            show_notes(self.given.notes, screen)
+            plan = self.given if self.given.model is not None else with_facts(self.given, self.choice, structure)
+        if self.uniform is not None:
+            plan = uniform_widths(model, plan, multiple_of=self.uniform)
+            show_notes(plan.notes[-1:], screen)
+        return plan
 
     def _training(self, screen: Screen) -> "Training":
         from .narrow_training import Training
@@ -141,7 +156,7 @@ class NarrowJob:
             processor = load_image_processor(self.choice.name, remote_code=self.choice.remote_code)
             return save(
                 model, self.output, tokenizer=tokenizer, processor=processor, plan=plan, result=measured, force=self.force,
-                dense=self.choice.folder,
+                dense=self.choice.folder, mode=self.mode,
             )  # fmt: skip
 
     def _show(
@@ -175,7 +190,10 @@ class NarrowJob:
             rows.add_row(f"stage {number}" if size else "trained", f"{size}{losses}, {stage['steps']} steps")
         narrow = is_narrow(read_config(saved.folder)) if (saved.folder / "config.json").is_file() else False
         how = (
-            "Widths differ by layer, as config.json says. Loads with layerwise.load; with transformers' Auto classes after"
+            "Widths differ by layer, as config.json says. Loads with layerwise.load, and with transformers' Auto classes by"
+            " trust_remote_code=True."
+            if self.mode == "remote-code"
+            else "Widths differ by layer, as config.json says. Loads with layerwise.load; with transformers' Auto classes after"
             " layerwise.register()."
         )
         screen.show(

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from .options import HOW, _option
+from .options import HOW, OUTPUT, _option
 
 Parameters = Annotated[
     float | None,
@@ -24,6 +24,27 @@ Latency = Annotated[
         "P",
         "Instead of --parameters: the share of the time of a forward pass on this device that is kept, by a table measured first; the"
         " result is measured, too. Tokens in a pass: --set rows=N, 1 where nothing is said.",
+    ),
+]
+UniformWidth = Annotated[
+    bool,
+    _option(
+        HOW,
+        None,
+        "Of methods that cut heads or channels: one width for all blocks, never more parameters, for engines that take no other.",
+        "--uniform-width",
+    ),
+]
+MultipleOf = Annotated[
+    int | None, _option(HOW, "N", "With --uniform-width: what the channels divide by.  [dim]default: 64[/]")
+]
+SaveAs = Annotated[
+    str | None,
+    _option(
+        OUTPUT,
+        "MODE",
+        "Of widths that differ by layer: [bold]auto[/], for layerwise.load, or [bold]remote-code[/], with a small modelling file that loads"
+        " without layerwise (trust_remote_code).  [dim]default: auto[/]",
     ),
 ]
 RecoverMinutes = Annotated[

@@ -40,6 +40,9 @@ def compress(
     parameters: shape_options.Parameters = None,
     macs: shape_options.Macs = None,
     latency: shape_options.Latency = None,
+    uniform_width: shape_options.UniformWidth = False,
+    multiple_of: shape_options.MultipleOf = None,
+    save_as: shape_options.SaveAs = None,
     recover_minutes: shape_options.RecoverMinutes = None,
     stages: shape_options.Stages = None,
     pattern: options.Pattern = None,
@@ -123,10 +126,27 @@ def compress(
         refuse(context, "since heads, channels or blocks are cut, and no weight is solved", *SOLVING)
         if recover_minutes is None:
             refuse(context, "since it goes with --recover-minutes", "stages")
+        if not uniform_width:
+            refuse(context, "since it goes with --uniform-width", "multiple_of")
         draw = (data, samples, length, batch)
-        NarrowJob(choice, narrower, given, output, force, seed, device, draw, recover_minutes, stages or 1).run(screen)
+        width = (multiple_of or 64) if uniform_width else None
+        NarrowJob(
+            choice,
+            narrower,
+            given,
+            output,
+            force,
+            seed,
+            device,
+            draw,
+            recover_minutes,
+            stages or 1,
+            width,
+            save_as or "auto",
+        ).run(screen)
         return
     refuse(context, "since no heads, channels or blocks are cut: use layerwise recover", "recover_minutes", "stages")
+    refuse(context, "since no heads or channels are cut", "uniform_width", "multiple_of", "save_as")
     treatment = asked.treatment if given is None else treatment_of(given)
     chosen = solver_of(solver, solver_set or (), given.solver if given is not None else None, treatment)
     if dense and treatment != "factorize":
