@@ -1,0 +1,183 @@
+"""Widths of groups of channels that give the largest expected flow: a geometric program, solved exactly.
+
+The objective is that of `expected_flow.py`, the product of the densities of all layers, over what can really be chosen: the widths of groups,
+each of which several layers read or write. In logarithms of widths the costs are sums of exponentials, so that "log cost <= log budget" is
+convex, and the objective is linear: one optimum, found by an interior-point method. Where a layer reads several groups side by side, the
+logarithm of their sum is replaced by its tangent and the program solved again, which never loses flow.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BudgetError, ConfigError
+
+Vector = NDArray[np.float64]
+_GAP = 1e-12  # of the logarithm of the flow, at the end
+
+
+@dataclass(frozen=True)
+class Side:
+    """A size: so many channels that never change, and so many for each unit of some groups."""
+
+    fixed: int = 0
+    parts: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer as allocation sees it. costs: one for each budget, of a layer of size 1; they multiply with all sides. A layer whose inputs are its
+    outputs (depthwise) has one side."""
+
+    costs: tuple[float, ...]
+    sides: tuple[Side, ...]
+
+
+class Program:
+    """Layers and groups as matrices: costs and flow of any widths (in units, not necessarily whole), in the order of `names`."""
+
+    def __init__(self, shapes: Sequence[Shape], names: Sequence[str]) -> None:
+        if not shapes or not names:
+            raise ConfigError("widths: there are no layers, or no group whose width could change.")
+        self.names = list(names)
+        place = {name: index for index, name in enumerate(names)}
+        self.costs: Vector = np.array([one.costs for one in shapes], dtype=np.float64).T.reshape(-1, len(shapes))
+        self.fixed: Vector = np.ones((2, len(shapes)))
+        self.parts: Vector = np.zeros((2, len(shapes), len(names)))
+        for row, shape in enumerate(shapes):
+            if not 1 <= len(shape.sides) <= 2:
+                raise ConfigError("widths: a layer has one side or two.")
+            for number, side in enumerate(shape.sides):
+                self.fixed[number, row] = side.fixed
+                for name, count in side.parts:
+                    self.parts[number, row, place[name]] += count
+
+    def spent(self, widths: Vector) -> Vector:
+        """One number for each budget."""
+        one, two = self._sizes(widths)
+        return np.asarray(self.costs @ (one * two))
+
+    def flow(self, widths: Vector) -> float:
+        """Sum of the logarithms of all sizes: that of the expected flow up to a constant."""
+        one, two = self._sizes(widths)
+        return float(np.log(one).sum() + np.log(two).sum())
+
+    def ends(self, widths: Vector) -> Vector:
+        """Of each group, how many sides it is, those shared with others by its share: the slope of `flow` in log width."""
+        one, two = self._sizes(widths)
+        return np.asarray(widths * ((self.parts[0] / one[:, None]).sum(0) + (self.parts[1] / two[:, None]).sum(0)))
+
+    def slopes(self, widths: Vector) -> tuple[Vector, Vector, list[Vector]]:
+        """Costs, and their first and second derivatives in log width: (b,), (b, g), b times (g, g)."""
+        one, two = self._sizes(widths)
+        spent, first, second = [], [], []
+        for cost in self.costs:
+            slope = widths * ((cost * two) @ self.parts[0] + (cost * one) @ self.parts[1])
+            cross = (self.parts[0] * cost[:, None]).T @ self.parts[1]
+            spent.append(cost @ (one * two))
+            first.append(slope)
+            second.append(np.diag(slope) + np.outer(widths, widths) * (cross + cross.T))
+        return np.array(spent), np.array(first), second
+
+    def _sizes(self, widths: Vector) -> Vector:
+        return np.asarray(self.fixed + self.parts @ widths)
+
+
+def joint_widths(
+    program: Program, budgets: Sequence[float], low: Mapping[str, float], high: Mapping[str, float]
+) -> dict[str, float]:
+    """Group -> width, a share of a unit allowed, of largest flow with every cost within its budget and low <= width <= high.
+
+    Exact to about 1e-9 of a width where every layer's sides are of one group each; with sums of groups a point that no small change
+    improves. Raises BudgetError, with the least that is feasible, where `low` alone is over a budget.
+    """
+    limits = np.array(budgets, dtype=np.float64)
+    lows, highs = (np.array([bound[name] for name in program.names], dtype=np.float64) for bound in (low, high))
+    if len(limits) != len(program.costs) or (lows <= 0).any() or (lows > highs).any():
+        raise ConfigError("joint_widths: give a budget for each cost, and 0 < low <= high for each group.")
+    check_least(program, limits, lows)
+    if (program.spent(highs) <= limits * (1 + 1e-12)).all():
+        return dict(zip(program.names, highs.tolist(), strict=True))
+    widths = lows.copy()
+    free = highs > lows * (1 + 1e-12)
+    if not free.any() or (program.spent(lows) >= limits * (1 - 1e-9)).any():
+        return dict(zip(program.names, widths.tolist(), strict=True))
+    ends = program.ends(np.sqrt(lows * highs))
+    for _ in range(100):  # one turn, unless sides are sums of groups
+        before, widths = widths, _interior(program, limits, lows, highs, free, ends)
+        ends, last = program.ends(widths), ends
+        if np.allclose(ends, last, rtol=0, atol=1e-12) or np.allclose(before, widths, rtol=1e-10, atol=0):
+            break
+    return dict(zip(program.names, widths.tolist(), strict=True))
+
+
+def check_least(program: Program, budgets: Vector, least: Vector) -> None:
+    """Raise BudgetError where these widths cost more than a budget."""
+    for spent, budget in zip(program.spent(least), budgets, strict=True):
+        if spent > budget * (1 + 1e-12):
+            raise BudgetError(
+                f"a budget of {budget:,.0f} cannot be met: with every group at its least width (min_channels, multiple_of) the layers"
+                f" cost {spent:,.0f}. Raise the budget, or lower them."
+            )
+
+
+def _interior(
+    program: Program, limits: Vector, lows: Vector, highs: Vector, free: NDArray[np.bool_], ends: Vector
+) -> Vector:
+    """Newton's method on t * flow with logarithmic barriers at budgets and bounds, t growing until the gap is `_GAP`."""
+    floor, roof = np.log(lows), np.log(highs)
+    step, y = 0.5, floor.copy()
+    while True:  # strictly inside: a little above the least
+        y[free] = floor[free] + step * (roof[free] - floor[free])
+        if (program.spent(np.exp(y)) < limits * (1 - 1e-12)).all():
+            break
+        step /= 2
+    barriers = len(limits) + 2 * int(free.sum())
+    t = 1.0
+    while True:
+        y = _centred(program, limits, floor, roof, free, ends * t, y)
+        if barriers / t < _GAP:
+            return np.asarray(np.clip(np.exp(y), lows, highs))
+        t *= 20
+
+
+def _centred(
+    program: Program,
+    limits: Vector,
+    floor: Vector,
+    roof: Vector,
+    free: NDArray[np.bool_],
+    pull: Vector,
+    y: Vector,
+) -> Vector:
+    def value(at: Vector) -> float:
+        left = np.log(limits) - np.log(program.spent(np.exp(at)))
+        above, below = (at - floor)[free], (roof - at)[free]
+        if min(left.min(), above.min(), below.min()) <= 0:
+            return np.inf
+        return float(-pull @ (at - y) - np.log(left).sum() - np.log(above).sum() - np.log(below).sum())
+
+    for _ in range(60):
+        spent, first, second = program.slopes(np.exp(y))
+        gradient, hessian = -pull.copy(), np.zeros((len(y), len(y)))
+        for limit, cost, slope, curve in zip(limits, spent, first, second, strict=True):
+            left, relative = np.log(limit / cost), slope / cost
+            gradient += relative / left
+            hessian += (curve / cost - np.outer(relative, relative)) / left + np.outer(relative, relative) / left**2
+        above, below = np.where(free, y - floor, 1.0), np.where(free, roof - y, 1.0)
+        gradient += 1 / below - 1 / above
+        hessian += np.diag(1 / below**2 + 1 / above**2)
+        move = np.zeros(len(y))
+        move[free] = -np.linalg.solve(hessian[np.ix_(free, free)], gradient[free])
+        decrease = -float(gradient @ move)
+        if decrease < 1e-10:
+            break
+        size, here = 1.0, value(y)
+        while value(y + size * move) > here - 0.1 * size * decrease and size > 1e-12:
+            size /= 2
+        if size <= 1e-12:  # as near as the numbers allow
+            break
+        y = y + size * move
+    return y
