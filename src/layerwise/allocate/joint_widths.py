@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..errors import BudgetError, ConfigError
 
 Vector = NDArray[np.float64]
-_GAP = 1e-12  # of the logarithm of the flow, at the end
+_GAP = 1e-11  # of the logarithm of the flow, at the end
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,16 @@ class Program:
             second.append(np.diag(slope) + np.outer(widths, widths) * (cross + cross.T))
         return np.array(spent), np.array(first), second
 
+    def stepped(self, widths: Vector, steps: Vector) -> tuple[Vector, Vector]:
+        """(costs (b, g), flow (g)) when one group alone, each in turn, changes by its step."""
+        one, two = self._sizes(widths)
+        first, second = self.parts
+        crossed = self.costs @ (first * second)
+        alone = (self.costs * two) @ first + (self.costs * one) @ second
+        spent = (self.costs @ (one * two))[:, None] + alone * steps + crossed * steps**2
+        flow = np.log(one[:, None] + first * steps).sum(0) + np.log(two[:, None] + second * steps).sum(0)
+        return spent, flow
+
     def _sizes(self, widths: Vector) -> Vector:
         return np.asarray(self.fixed + self.parts @ widths)
 
@@ -100,17 +110,19 @@ def joint_widths(
     check_least(program, limits, lows)
     if (program.spent(highs) <= limits * (1 + 1e-12)).all():
         return dict(zip(program.names, highs.tolist(), strict=True))
-    widths = lows.copy()
     free = highs > lows * (1 + 1e-12)
     if not free.any() or (program.spent(lows) >= limits * (1 - 1e-9)).any():
-        return dict(zip(program.names, widths.tolist(), strict=True))
-    ends = program.ends(np.sqrt(lows * highs))
-    for _ in range(100):  # one turn, unless sides are sums of groups
-        before, widths = widths, _interior(program, limits, lows, highs, free, ends)
-        ends, last = program.ends(widths), ends
-        if np.allclose(ends, last, rtol=0, atol=1e-12) or np.allclose(before, widths, rtol=1e-10, atol=0):
-            break
-    return dict(zip(program.names, widths.tolist(), strict=True))
+        return dict(zip(program.names, lows.tolist(), strict=True))
+    y = inside = _inside(program, limits, np.log(lows), np.log(highs), free)
+    ends = program.ends(np.exp(y))
+    for gap in (1e-6, _GAP):
+        for _ in range(100):  # one turn, unless sides are sums of groups
+            start = y + 0.05 * (inside - y)  # away from the bounds that the last turn ended at
+            y = _interior(program, limits, np.log(lows), np.log(highs), free, ends, start, gap)
+            ends, last = program.ends(np.exp(y)), ends
+            if np.allclose(ends, last, rtol=0, atol=max(gap, 1e-9)):
+                break
+    return dict(zip(program.names, np.clip(np.exp(y), lows, highs).tolist(), strict=True))
 
 
 def check_least(program: Program, budgets: Vector, least: Vector) -> None:
@@ -123,24 +135,34 @@ def check_least(program: Program, budgets: Vector, least: Vector) -> None:
             )
 
 
-def _interior(
-    program: Program, limits: Vector, lows: Vector, highs: Vector, free: NDArray[np.bool_], ends: Vector
-) -> Vector:
-    """Newton's method on t * flow with logarithmic barriers at budgets and bounds, t growing until the gap is `_GAP`."""
-    floor, roof = np.log(lows), np.log(highs)
+def _inside(program: Program, limits: Vector, floor: Vector, roof: Vector, free: NDArray[np.bool_]) -> Vector:
+    """Logarithms of widths strictly inside all bounds and budgets: a little above the least."""
     step, y = 0.5, floor.copy()
-    while True:  # strictly inside: a little above the least
+    while True:
         y[free] = floor[free] + step * (roof[free] - floor[free])
         if (program.spent(np.exp(y)) < limits * (1 - 1e-12)).all():
-            break
+            return y
         step /= 2
+
+
+def _interior(
+    program: Program,
+    limits: Vector,
+    floor: Vector,
+    roof: Vector,
+    free: NDArray[np.bool_],
+    ends: Vector,
+    y: Vector,
+    gap: float,
+) -> Vector:
+    """Newton's method on t * ends * y with logarithmic barriers at budgets and bounds, from y, t growing until the gap is that."""
     barriers = len(limits) + 2 * int(free.sum())
-    t = 1.0
+    t = 10.0
     while True:
         y = _centred(program, limits, floor, roof, free, ends * t, y)
-        if barriers / t < _GAP:
-            return np.asarray(np.clip(np.exp(y), lows, highs))
-        t *= 20
+        if barriers / t < gap:
+            return y
+        t *= 30
 
 
 def _centred(
@@ -162,17 +184,21 @@ def _centred(
     for _ in range(60):
         spent, first, second = program.slopes(np.exp(y))
         gradient, hessian = -pull.copy(), np.zeros((len(y), len(y)))
-        for limit, cost, slope, curve in zip(limits, spent, first, second, strict=True):
-            left, relative = np.log(limit / cost), slope / cost
+        room = np.log(limits) - np.log(spent)
+        if room.min() <= 0:  # as near as the numbers allow
+            break
+        for left, cost, slope, curve in zip(room, spent, first, second, strict=True):
+            relative = slope / cost
             gradient += relative / left
             hessian += (curve / cost - np.outer(relative, relative)) / left + np.outer(relative, relative) / left**2
         above, below = np.where(free, y - floor, 1.0), np.where(free, roof - y, 1.0)
         gradient += 1 / below - 1 / above
         hessian += np.diag(1 / below**2 + 1 / above**2)
-        move = np.zeros(len(y))
-        move[free] = -np.linalg.solve(hessian[np.ix_(free, free)], gradient[free])
+        move, scale = np.zeros(len(y)), 1 / np.sqrt(np.diag(hessian))[free]  # barriers span many powers of ten
+        system = hessian[np.ix_(free, free)] * np.outer(scale, scale)
+        move[free] = -scale * np.linalg.solve(system, scale * gradient[free])
         decrease = -float(gradient @ move)
-        if decrease < 1e-10:
+        if decrease < 1e-8:
             break
         size, here = 1.0, value(y)
         while value(y + size * move) > here - 0.1 * size * decrease and size > 1e-12:

@@ -1,13 +1,12 @@
 """From widths to whole units: floors, single steps up, swaps. The budget is never exceeded; rounding to the nearest would."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .joint_widths import Program, Vector, check_least
-
-Widths = Callable[[Sequence[int]], Vector]
 
 
 @dataclass(frozen=True)
@@ -35,82 +34,90 @@ def whole_widths(
     """Group -> whole width of as much flow as these steps find from `wanted`, every cost within its budget.
 
     Floors first (what a solver calls 15.9999999 is 16); then the step up that gains most flow for its cost, as long as one fits; then one
-    group up and another down while that gains. Raises BudgetError where even the least widths are over a budget.
+    group down a step and others up while that gains. Raises BudgetError where even the least widths are over a budget.
     """
-    limits = np.array(budgets, dtype=np.float64) * (1 + 1e-12)
-    allowed = [steps[name].allowed for name in program.names]
-    check_least(program, limits, np.array([one[0] for one in allowed], dtype=np.float64))
-    at = [_floor(one, wanted[name]) for name, one in zip(program.names, allowed, strict=True)]
-
-    def widths(places: Sequence[int]) -> Vector:
-        return np.array([one[place] for one, place in zip(allowed, places, strict=True)], dtype=np.float64)
-
-    while (program.spent(widths(at)) > limits).any():  # steps may not reach down to what was wanted
-        at = _lowered(program, limits, at, widths)
-    while True:
-        at = _raised(program, limits, at, allowed, widths)
-        swapped = _swapped(program, limits, at, allowed, widths)
-        if swapped is None:
-            return {name: one[place] for name, one, place in zip(program.names, allowed, at, strict=True)}
-        at = swapped
+    search = _Search(program, np.array(budgets, dtype=np.float64), [steps[name].allowed for name in program.names])
+    check_least(program, search.limits, search.widths([0] * len(search.allowed)))
+    at = [
+        max(0, sum(one <= wanted[name] + 1e-6 for one in allowed) - 1)
+        for name, allowed in zip(program.names, search.allowed, strict=True)
+    ]
+    while search.over(at):  # steps may not reach down to what was wanted
+        at = search.lowered(at)
+    at = search.raised(at)
+    while (better := search.exchanged(at)) is not None:
+        at = better
+    return {name: one[place] for name, one, place in zip(program.names, search.allowed, at, strict=True)}
 
 
-def _floor(allowed: list[int], wanted: float) -> int:
-    return max(0, sum(one <= wanted + 1e-6 for one in allowed) - 1)
+class _Search:
+    """Places in the lists of allowed widths, one for each group."""
 
+    def __init__(self, program: Program, limits: Vector, allowed: Sequence[Sequence[int]]) -> None:
+        self.program, self.limits, self.allowed = program, limits * (1 + 1e-12), allowed
 
-def _raised(
-    program: Program, limits: Vector, at: list[int], allowed: Sequence[Sequence[int]], widths: Widths
-) -> list[int]:
-    while True:
-        here, flow = program.spent(widths(at)), program.flow(widths(at))
-        best, most = None, 0.0
-        for place in range(len(at)):
-            if at[place] + 1 == len(allowed[place]):
-                continue
-            tried = [*at]
-            tried[place] += 1
-            spent = program.spent(widths(tried))
-            if (spent <= limits).all():
-                worth = (program.flow(widths(tried)) - flow) / float(((spent - here) / limits).sum())
-                if worth > most * (1 + 1e-12):
-                    best, most = tried, worth
-        if best is None:
-            return at
-        at = best
+    def widths(self, at: Sequence[int]) -> Vector:
+        return np.array([one[place] for one, place in zip(self.allowed, at, strict=True)], dtype=np.float64)
 
+    def over(self, at: Sequence[int]) -> bool:
+        return bool((self.program.spent(self.widths(at)) > self.limits).any())
 
-def _swapped(
-    program: Program, limits: Vector, at: list[int], allowed: Sequence[Sequence[int]], widths: Widths
-) -> list[int] | None:
-    """The best of all pairs of one up and one down; None where none gains."""
-    best, most = None, program.flow(widths(at)) + 1e-12
-    for up in range(len(at)):
-        if at[up] + 1 == len(allowed[up]):
-            continue
+    def raised(self, at: Sequence[int], barred: int = -1) -> list[int]:
+        """Single steps up while one fits, the most flow for its cost first."""
+        at = [*at]
+        while True:
+            room, steps = self._steps(at, +1)
+            if barred >= 0:
+                room[barred] = False
+            spent, flow, here, now = self._tried(at, steps)
+            room &= (spent <= self.limits[:, None]).all(0)
+            if not room.any():
+                return at
+            price = ((spent - here[:, None]) / self.limits[:, None]).sum(0)
+            worth = np.where(room, (flow - now) / np.where(room, price, 1.0), -np.inf)
+            at[int(worth.argmax())] += 1
+
+    def exchanged(self, at: Sequence[int]) -> list[int] | None:
+        """The best that one group's step down makes room for; None where nothing gains."""
+        best, most = None, self.program.flow(self.widths(at)) + 1e-11
         for down in range(len(at)):
-            if down == up or at[down] == 0:
+            if at[down] == 0:
                 continue
-            tried = [*at]
-            tried[up], tried[down] = tried[up] + 1, tried[down] - 1
-            found = widths(tried)
-            if (flow := program.flow(found)) > most and (program.spent(found) <= limits).all():
-                best, most = tried, flow
-    return best
+            lower = [*at]
+            lower[down] -= 1
+            room, steps = self._steps(lower, +1)
+            spent, flow, _, _ = self._tried(lower, steps)
+            room[down] = False
+            room &= (spent <= self.limits[:, None]).all(0)
+            starts = [lower]
+            if room.any():
+                starts.append([*lower])
+                starts[1][int(np.where(room, flow, -np.inf).argmax())] += 1
+            for start in starts:
+                found = self.raised(start, barred=down)
+                if (gained := self.program.flow(self.widths(found))) > most:
+                    best, most = found, gained
+        return best
 
+    def lowered(self, at: Sequence[int]) -> list[int]:
+        """The step down that loses least flow for what it saves of the budgets that are exceeded."""
+        at = [*at]
+        room, steps = self._steps(at, -1)
+        spent, flow, here, now = self._tried(at, steps)
+        over = here > self.limits
+        saved = ((here[:, None] - spent) / self.limits[:, None])[over].sum(0)
+        loss = np.where(room & (saved > 0), (now - flow) / np.where(saved > 0, saved, 1.0), np.inf)
+        at[int(loss.argmin())] -= 1
+        return at
 
-def _lowered(program: Program, limits: Vector, at: list[int], widths: Widths) -> list[int]:
-    """The step down that loses least flow for what it saves of the budgets that are exceeded."""
-    here, flow = program.spent(widths(at)), program.flow(widths(at))
-    over = here > limits
-    best, least = at, np.inf
-    for place in range(len(at)):
-        if at[place] == 0:
-            continue
-        tried = [*at]
-        tried[place] -= 1
-        saved = float(((here - program.spent(widths(tried))) / limits)[over].sum())
-        loss = (flow - program.flow(widths(tried))) / saved if saved > 0 else np.inf
-        if best is at or loss < least:
-            best, least = tried, loss
-    return best
+    def _steps(self, at: Sequence[int], by: int) -> tuple[NDArray[np.bool_], Vector]:
+        room = np.array([0 <= place + by < len(one) for place, one in zip(at, self.allowed, strict=True)])
+        sizes = [
+            one[place + by] - one[place] if there else 0
+            for place, one, there in zip(at, self.allowed, room, strict=True)
+        ]
+        return room, np.array(sizes, dtype=np.float64)
+
+    def _tried(self, at: Sequence[int], steps: Vector) -> tuple[Vector, Vector, Vector, float]:
+        widths = self.widths(at)
+        return (*self.program.stepped(widths, steps), self.program.spent(widths), self.program.flow(widths))

@@ -105,7 +105,7 @@ def cnn_channels(model: nn.Module, image: Sequence[int]) -> Channels:
     or an operation whose effect on channels is not known.
     """
     _check_weights(model)
-    plain = copy.deepcopy(model).to("meta").eval()
+    plain = copy.deepcopy(model).to("meta", torch.float32).eval()
     if not image or min(image) < 1:
         raise ModelError(f"an image of {tuple(image)}: give channels, height and width, each at least 1.")
     try:
