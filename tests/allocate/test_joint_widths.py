@@ -64,7 +64,7 @@ def test_half_of_the_toy_network(budgets, widths, flow, whole, whole_flow):
     assert whole_flow is None or gain(program, rounded) == pytest.approx(whole_flow, abs=1e-5)
 
 
-@pytest.mark.parametrize("share", [0.6, 0.4, 0.25])
+@pytest.mark.parametrize("share", [0.6, 0.4, 0.3])
 @pytest.mark.parametrize("budgets", [("weights",), ("work",), ("weights", "work")])
 def test_whole_widths_of_the_toy_network_against_brute_force(share, budgets):
     program, total = toy(*budgets), {"weights": PARAMETERS, "work": WORK}
@@ -77,7 +77,7 @@ def test_whole_widths_of_the_toy_network_against_brute_force(share, budgets):
     for one, limit in zip(budgets, limits):
         fits &= sum(k * (n if one == "work" else 1) * i * o for k, n, i, o in layers) <= limit
     best = np.where(fits, sum(np.log(i * o) for _, _, i, o in layers), -np.inf).max()
-    assert best - 0.05 <= program.flow(got) <= best + 1e-9  # a unit of 16 is worth 0.12
+    assert best - 0.01 <= program.flow(got) <= best + 1e-9
 
 
 def test_the_toy_networks_other_numbers():

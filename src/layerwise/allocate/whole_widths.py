@@ -1,5 +1,6 @@
 """From widths to whole units: floors, single steps up, swaps. The budget is never exceeded; rounding to the nearest would."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,7 +35,7 @@ def whole_widths(
     """Group -> whole width of as much flow as these steps find from `wanted`, every cost within its budget.
 
     Floors first (what a solver calls 15.9999999 is 16); then the step up that gains most flow for its cost, as long as one fits; then one
-    group down a step and others up while that gains. Raises BudgetError where even the least widths are over a budget.
+    group down by up to three steps and others up while that gains. Raises BudgetError where even the least widths are over a budget.
     """
     search = _Search(program, np.array(budgets, dtype=np.float64), [steps[name].allowed for name in program.names])
     check_least(program, search.limits, search.widths([0] * len(search.allowed)))
@@ -78,13 +79,13 @@ class _Search:
             at[int(worth.argmax())] += 1
 
     def exchanged(self, at: Sequence[int]) -> list[int] | None:
-        """The best that one group's step down makes room for; None where nothing gains."""
+        """The best that one group's way down, by up to three steps, makes room for; None where nothing gains."""
         best, most = None, self.program.flow(self.widths(at)) + 1e-11
-        for down in range(len(at)):
-            if at[down] == 0:
+        for down, by in itertools.product(range(len(at)), (1, 2, 3)):
+            if at[down] < by:
                 continue
             lower = [*at]
-            lower[down] -= 1
+            lower[down] -= by
             room, steps = self._steps(lower, +1)
             spent, flow, _, _ = self._tried(lower, steps)
             room[down] = False
