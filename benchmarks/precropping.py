@@ -3,9 +3,9 @@
     python benchmarks/precropping.py --bed FOLDER --epochs 160 --seeds 3                                # the usual length: a GPU's work
     python benchmarks/precropping.py --bed FOLDER --epochs 4 --images 3000 --pixels 16 --width 8        # what the table was made with
 
-Two networks: ResNet-20 and a small MobileNetV2 of depthwise blocks. Every network (model, form, share, seed) is a line in the `.jsonl` beside
-the table as soon as it is trained, so that a run that was killed goes on where it stopped. Speed is that of the fastest tenth of the training
-steps, since other work shares the machine.
+Two networks: ResNet-20 and a small MobileNetV2 of depthwise blocks. Every network (model, form, share, seed) is a line in the `.jsonl`
+beside the table as soon as it is trained, so that a run that was killed goes on where it stopped. Speed is that of the fastest tenth of
+the training steps, since other work shares the machine.
 """
 
 import argparse
@@ -68,7 +68,9 @@ class SmallMobileNet(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU6())
         inputs = [width, *(outputs for outputs, _ in stages)]
         self.blocks = nn.Sequential(*(Inverted(i, o, s) for i, (o, s) in zip(inputs, stages, strict=False)))
-        self.last = nn.Sequential(nn.Conv2d(4 * width, 16 * width, 1, bias=False), nn.BatchNorm2d(16 * width), nn.ReLU6())
+        self.last = nn.Sequential(
+            nn.Conv2d(4 * width, 16 * width, 1, bias=False), nn.BatchNorm2d(16 * width), nn.ReLU6()
+        )
         self.fc = nn.Linear(16 * width, 10)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -247,13 +249,19 @@ def report(results: Lines, protocol: dict[str, Any], options: argparse.Namespace
     yield ""
     yield f"Machine: {machine()}, shared with other work; {options.threads} threads. layerwise {lw.__version__}, torch {torch.__version__}."
     yield (
-        f"Protocol: CIFAR-10, the first {options.images} training images at {options.pixels} x {options.pixels} pixels, {options.epochs} epochs"
-        f" of SGD (one cycle to {options.lr:g}, batch {options.batch}, crops and flips), the same for all, first {options.test_images} images of"
-        f" the test half; first stage {options.width} channels wide. SynFlow: {ROUNDS} rounds, kept weights counted alone."
+        f"Protocol: CIFAR-10, the first {options.images} training images at {options.pixels} x {options.pixels} pixels,"
+        f" {options.epochs} epochs of SGD (one cycle to {options.lr:g}, batch {options.batch}, crops and flips), the same for all,"
+        f" first {options.test_images} images"
+        f" of the test half; first stage {options.width} channels wide. SynFlow: {ROUNDS} rounds, kept weights counted alone."
     )
     yield "Images/s: forward, backward and step, of the fastest tenth of the steps; masks make nothing faster."
     for model in options.models.split(","):
-        yield from ("", f"## {model}", "", "| multiply-adds asked | form | multiply-adds | weights | accuracy, % | images/s | seeds |")
+        yield from (
+            "",
+            f"## {model}",
+            "",
+            "| multiply-adds asked | form | multiply-adds | weights | accuracy, % | images/s | seeds |",
+        )
         yield "|---|---|---|---|---|---|---|"
         for share, form in [(1.0, "dense"), *((s, f) for s in map(float, options.shares.split(",")) for f in FORMS)]:
             rows = results.of(model=model, form=form, share=share, protocol=protocol)

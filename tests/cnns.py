@@ -48,7 +48,11 @@ class OptionA(nn.Module):
 class SqueezeExcite(nn.Module):
     def __init__(self, channels, hidden):
         super().__init__()
-        self.pool, self.down, self.up = nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, channels, 1)
+        self.pool, self.down, self.up = (
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(channels, hidden, 1),
+            nn.Conv2d(hidden, channels, 1),
+        )
 
     def forward(self, x):
         return x * torch.sigmoid(self.up(F.relu(self.down(self.pool(x)))))
@@ -198,7 +202,9 @@ def filled(model, seed=0):
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point():
             values = torch.randn(tensor.shape, generator=draw) * (0.3 if tensor.ndim > 1 else 0.2)
-            tensor.data.copy_(values.abs() + 0.5 if "running_var" in name or ("bn" in name and "weight" in name) else values)
+            tensor.data.copy_(
+                values.abs() + 0.5 if "running_var" in name or ("bn" in name and "weight" in name) else values
+            )
     return model.eval()
 
 

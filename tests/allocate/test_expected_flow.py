@@ -1,6 +1,7 @@
 """Densities of largest expected flow: the worked numbers, any two budgets against scipy, and what the flow of random masks really is."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -89,7 +90,7 @@ def test_flow_of_random_masks():
     generator = torch.Generator().manual_seed(0)
     weights = [
         torch.randn(draws, after, before, generator=generator).abs() / math.sqrt(before)
-        for before, after in zip(widths, widths[1:])
+        for before, after in pairwise(widths)
     ]
 
     def flow(masks):
@@ -101,7 +102,7 @@ def test_flow_of_random_masks():
     independent = [(torch.rand(one.shape, generator=generator) < p).float() for one, p in zip(weights, densities)]
     channels = [(torch.rand(draws, width, generator=generator) < 0.5).float() for width in widths[1:3]]
     shared = [channels[0][:, :, None], channels[1][:, :, None] * channels[0][:, None], channels[1][:, None]]
-    dense = 8 * math.prod(after * math.sqrt(2 / math.pi / before) for before, after in zip(widths, widths[1:]))
+    dense = 8 * math.prod(after * math.sqrt(2 / math.pi / before) for before, after in pairwise(widths))
     program = Program(  # the same network at half its inner widths: its flow is the layers' densities
         [Shape((1.0,), (Side(8), Side(0, (("a", 1),)))), Shape((1.0,), (Side(0, (("a", 1),)), Side(0, (("b", 1),)))),
          Shape((1.0,), (Side(0, (("b", 1),)), Side(16)))],

@@ -15,7 +15,7 @@ from layerwise.errors import BudgetError, ConfigError
 
 FULL = {"A": 16, "B": 16, "C": 32, "D": 32}
 LAYERS = (  # kernel, positions, inputs, outputs; numbers never change
-    (9, 1024, 3, "A"), (9, 1024, "A", "B"), (9, 1024, "B", "A"), (9, 256, "A", "C"), (9, 256, "C", "D"), (1, 256, "A", "D"), (1, 1, "D", 10),
+    (9, 1024, 3, "A"), (9, 1024, "A", "B"), (9, 1024, "B", "A"), (9, 256, "A", "C"), (9, 256, "C", "D"), (1, 256, "A", "D"), (1, 1, "D", 10),  # noqa: E501
 )  # fmt: skip
 PARAMETERS, WORK = 19_696, 8_831_296
 
@@ -84,7 +84,7 @@ def test_the_toy_networks_other_numbers():
     both, weights = toy("weights", "work"), toy("weights")
     half = joint_widths(weights, [PARAMETERS / 2], ONE, FULL)
     assert both.spent(vector(both, half))[1] / WORK == pytest.approx(0.687, abs=5e-4)
-    spent, slope, _ = weights.slopes(vector(weights, half))
+    _, slope, _ = weights.slopes(vector(weights, half))
     assert (slope[0] / weights.ends(vector(weights, half)))[1:3] == pytest.approx([2146.0, 2146.0], abs=0.05)
     cheap = joint_widths(toy("work"), [WORK / 2], ONE, FULL)
     assert weights.spent(vector(weights, cheap))[0] / PARAMETERS == pytest.approx(0.540, abs=5e-4)
@@ -96,7 +96,10 @@ def test_the_toy_networks_other_numbers():
 def test_layers_by_themselves_cannot_be_realised_and_their_fit_is_below_the_joint_optimum():
     """Checks 3 and 4: what the layers ask for, and the projection of it."""
     program = toy("weights")
-    sizes = {str(index): k * (3 if a == 3 else FULL[a]) * (10 if b == 10 else FULL[b]) for index, (k, _, a, b) in enumerate(LAYERS)}
+    sizes = {
+        str(index): k * (3 if a == 3 else FULL[a]) * (10 if b == 10 else FULL[b])
+        for index, (k, _, a, b) in enumerate(LAYERS)
+    }
     densities = flow_densities([sizes], [PARAMETERS / 2])
     wanted = (1, 0.93142, 0.93142, 0.46571, 0.23286, 1, 1)
     assert list(densities.values()) == pytest.approx(wanted, abs=5e-6)
@@ -187,7 +190,7 @@ def test_whole_widths_hold_the_budgets_and_no_step_or_swap_gains(program, one, t
         tried[up] += 1
         if down >= 0:
             tried[down] -= 1
-        if up != down and 1 <= tried.min() and tried.max() <= 6 and (program.spent(tried) <= limits).all():
+        if up != down and tried.min() >= 1 and tried.max() <= 6 and (program.spent(tried) <= limits).all():
             assert program.flow(tried) <= program.flow(at) + 1e-9
 
 
@@ -227,7 +230,7 @@ def test_a_floor_is_not_lost_to_rounding():
 
 def test_budgets_that_cannot_be_met_say_what_could():
     program = toy("weights")
-    with pytest.raises(BudgetError, match="a budget of 10 cannot be met.* cost 74"):
+    with pytest.raises(BudgetError, match=r"a budget of 10 cannot be met.* cost 74"):
         joint_widths(program, [10], ONE, FULL)
     with pytest.raises(BudgetError, match="cannot be met"):
         whole_widths(program, [1000], ONE, {name: Steps(u, 8, u, 8) for name, u in FULL.items()})

@@ -22,7 +22,7 @@ def drawn(channels, seed):
     draw = random.Random(seed)  # noqa: S311
     return {
         # of depthwise convolutions two stay: one alone would be read as an ordinary convolution afterwards
-        group.name: sorted(draw.sample(range(group.units), draw.randint(min(2, group.units), max(1, group.units - 1))))
+        group.name: sorted(draw.sample(range(group.units), draw.randint(min(2, group.units), max(2, group.units - 1))))
         for group in channels.groups
     }
 
@@ -38,7 +38,9 @@ def test_removing_is_zeroing(name, seed):
     zero_channels(zeroed, keep, channels)
     shrink_channels(model, keep, channels)
     assert torch.allclose(model(x), zeroed(x), rtol=1e-9, atol=1e-11)
-    assert not torch.allclose(model(x), dense)
+    assert all(len(units) == channels.widths[group] for group, units in keep.items()) or not torch.allclose(
+        model(x), dense
+    )
     widths = {group: len(units) for group, units in keep.items()}
     again = cnn_channels(model, IMAGE)
     assert again.widths == widths  # what it says of itself has changed, too
@@ -60,7 +62,9 @@ def test_bad_units_change_nothing():
 
 
 def planned(widths, image="3x8x8"):
-    return Plan(method={"name": "precrop", "image_size": image}, layers={n: Resize(channels=w) for n, w in widths.items()})
+    return Plan(
+        method={"name": "precrop", "image_size": image}, layers={n: Resize(channels=w) for n, w in widths.items()}
+    )
 
 
 @pytest.mark.parametrize("wider", [False, True], ids=["narrower", "wider"])
@@ -83,7 +87,9 @@ def test_cropped_networks_are_dense_run_and_have_the_widths_of_the_plan(name, wi
         assert parameter.grad is not None
     other = CNNS[name]()
     crop(other, planned(widths), seed=3)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()) if a.ndim > 1)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()) if a.ndim > 1
+    )
     third = CNNS[name]()
     crop(third, planned(widths), seed=4)
     assert any(not torch.equal(a, b) for a, b in zip(third.parameters(), other.parameters()))

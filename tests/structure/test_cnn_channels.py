@@ -149,7 +149,7 @@ def test_a_layer_called_twice_reads_and_writes_one_width():
 def test_shared_and_parametrized_weights_are_refused():
     model = Ends(nn.Conv2d(8, 8, 1))
     nn.utils.parametrizations.weight_norm(model.middle)
-    with pytest.raises(ModelError, match='"middle".*parametrized'):
+    with pytest.raises(ModelError, match=r'"middle".*parametrized'):
         cnn_channels(model, IMAGE)
     model = Ends(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)))
     model.middle[1].weight = model.middle[0].weight
@@ -183,7 +183,9 @@ def layouts(draw):
     """Two layouts of one width, of runs with inner counts and repeats."""
 
     def one():
-        parts = draw(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 2)), min_size=1, max_size=3))
+        parts = draw(
+            st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 2)), min_size=1, max_size=3)
+        )
         return tuple(run for size, inner, times in parts for run in repeated(new(size), inner, times))
 
     a, b = one(), one()
@@ -194,7 +196,10 @@ def layouts(draw):
 def labels(layout):
     """What every channel belongs to: (variable, unit)."""
     return [
-        (id(variable), unit) for variable, inner in resolved(layout) for unit in range(variable.size) for _ in range(inner)
+        (id(variable), unit)
+        for variable, inner in resolved(layout)
+        for unit in range(variable.size)
+        for _ in range(inner)
     ]
 
 

@@ -1,8 +1,8 @@
 """Densities of largest expected flow under one or more budgets (SynExp of PreCropping, Cai et al. 2022, arXiv:2203.02549).
 
-The flow that a network of random weights and independent masks is expected to carry is a constant times the product of its layers' densities.
-The largest under sum(cost * density) <= budget gives every layer that is not full the same absolute cost: water-filling, and with two budgets
-the same at prices for both.
+The flow that a network of random weights and independent masks is expected to carry is a constant times the product of its layers'
+densities. The largest under sum(cost * density) <= budget gives every layer that is not full the same absolute cost: water-filling, and
+with two budgets the same at prices for both.
 """
 
 import math

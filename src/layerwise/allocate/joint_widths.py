@@ -1,9 +1,9 @@
 """Widths of groups of channels that give the largest expected flow: a geometric program, solved exactly.
 
-The objective is that of `expected_flow.py`, the product of the densities of all layers, over what can really be chosen: the widths of groups,
-each of which several layers read or write. In logarithms of widths the costs are sums of exponentials, so that "log cost <= log budget" is
-convex, and the objective is linear: one optimum, found by an interior-point method. Where a layer reads several groups side by side, the
-logarithm of their sum is replaced by its tangent and the program solved again, which never loses flow.
+The objective is that of `expected_flow.py`, the product of the densities of all layers, over what can really be chosen: the widths of
+groups, each of which several layers read or write. In logarithms of widths the costs are sums of exponentials, so that "log cost <= log
+budget" is convex, and the objective is linear: one optimum, found by an interior-point method. Where a layer reads several groups side
+by side, the logarithm of their sum is replaced by its tangent and the program solved again, which never loses flow.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,8 +28,8 @@ class Side:
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer as allocation sees it. costs: one for each budget, of a layer of size 1; they multiply with all sides. A layer whose inputs are its
-    outputs (depthwise) has one side."""
+    """A layer as allocation sees it. costs: one for each budget, of a layer of size 1; they multiply with all sides. A layer whose
+    inputs are its outputs (depthwise) has one side."""
 
     costs: tuple[float, ...]
     sides: tuple[Side, ...]
@@ -137,7 +137,8 @@ def check_least(program: Program, budgets: Vector, least: Vector) -> None:
 
 def _inside(program: Program, limits: Vector, floor: Vector, roof: Vector, free: NDArray[np.bool_]) -> Vector:
     """Logarithms of widths strictly inside all bounds and budgets: a little above the least."""
-    step, y = 0.5, floor.copy()
+    step = 0.5
+    y: Vector = floor.copy()
     while True:
         y[free] = floor[free] + step * (roof[free] - floor[free])
         if (program.spent(np.exp(y)) < limits * (1 - 1e-12)).all():

@@ -32,7 +32,9 @@ def fitted_widths(
         raise ConfigError("fitted_widths: give a density above 0 for each layer.")
     check_least(program, limits, lows)
     sizes = program.fixed + program.parts @ fulls
-    shares = (program.parts / sizes[:, :, None]).sum(0) * fulls  # (layers, groups): by how much log size follows log width
+    shares = (program.parts / sizes[:, :, None]).sum(
+        0
+    ) * fulls  # (layers, groups): by how much log size follows log width
     ceiling = np.log(highs / fulls)
     # distances below the ceiling are at least 0
     below = nonnegative_least_squares(shares, shares @ ceiling - np.log(np.array(densities, dtype=np.float64)))
@@ -47,7 +49,12 @@ def fitted_widths(
 
 
 def _shifted(
-    program: Program, limits: Vector, lows: Vector, highs: Vector, wanted: Vector, moved: "np.ndarray[tuple[int], np.dtype[np.bool_]]"
+    program: Program,
+    limits: Vector,
+    lows: Vector,
+    highs: Vector,
+    wanted: Vector,
+    moved: "np.ndarray[tuple[int], np.dtype[np.bool_]]",
 ) -> Vector:
     """The largest factor on `moved` at which the budgets hold; the smallest of all where none does."""
 

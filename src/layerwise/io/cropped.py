@@ -1,4 +1,5 @@
-"""Convolutional networks of other widths in and out of folders: weights in safetensors, the widths in layerwise.json, built by your own code.
+"""Convolutional networks of other widths in and out of folders: weights in safetensors, the widths in layerwise.json, built by your own
+code.
 
 No class of ours stands in the way: the network is the one that your constructor makes, at its own widths, cropped to those of the folder
 and filled.
@@ -26,8 +27,8 @@ RECORD, ENTRY, WEIGHTS = "layerwise.json", "channels", "model.safetensors"
 
 
 def save_cropped(model: nn.Module, folder: str | Path, plan: Plan, *, force: bool = False) -> Path:
-    """Write the weights of a network that has the widths of `plan` (`shrink.crop`, `shrink.shrink_channels`), and the plan. The folder appears
-    whole or not at all, and every tensor has been read back.
+    """Write the weights of a network that has the widths of `plan` (`shrink.crop`, `shrink.shrink_channels`), and the plan. The folder
+    appears whole or not at all, and every tensor has been read back.
 
     Raises OutputError (exists, not writable), PlanError for a plan without widths or image size, SaveError where what was written
     is not what is in memory.

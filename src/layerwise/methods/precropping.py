@@ -1,11 +1,11 @@
 """PreCrop and PreConfig: the widths of a convolutional network from the densities of its layers, before it is trained (Cai et al. 2022,
 "Structured Pruning is All You Need for Pruning CNNs at Initialization", arXiv:2203.02549).
 
-The result is a smaller dense network, initialised anew (`shrink.crop`). No official code exists; this is the second generation of the paper (the
-expected flow, without data) with the scorers of the first as sources. Choices where the paper leaves them open: G1 widths are solved for
-jointly, not layer by layer, since layers that share channels ask for different densities. G2 tensors that meet at an addition have one width
-("tie"), or stay as they are ("inside"). G3 PreConfig is capped at twice the width, without which cheap layers swallow the budget. Budgets count
-the weights of convolutions and linears and their multiply-adds; biases and norms are not counted.
+The result is a smaller dense network, initialised anew (`shrink.crop`). No official code exists; this is the second generation of the
+paper (the expected flow, without data) with the scorers of the first as sources. Choices where the paper leaves them open: G1 widths are
+solved for jointly, not layer by layer, since layers that share channels ask for different densities. G2 tensors that meet at an addition
+have one width ("tie"), or stay as they are ("inside"). G3 PreConfig is capped at twice the width, without which cheap layers swallow the
+budget. Budgets count the weights of convolutions and linears and their multiply-adds; biases and norms are not counted.
 """
 
 import dataclasses
@@ -37,7 +37,9 @@ class PreCrop:
     """Every group of channels keeps its width or less."""
 
     name: ClassVar[str] = "precrop"
-    summary: ClassVar[str] = "fewer channels in a CNN that is not trained yet, by its expected flow; dense and started anew"
+    summary: ClassVar[str] = (
+        "fewer channels in a CNN that is not trained yet, by its expected flow; dense and started anew"
+    )
     needs_data: ClassVar[bool] = False  # a size of images will do, but for snip and grasp
 
     parameters: float | None = 0.5  # share of the weights that is kept; None: no such budget
@@ -65,7 +67,9 @@ class PreConfig:
     """Groups may also become wider, so that a network of the same cost has other proportions."""
 
     name: ClassVar[str] = "preconfig"
-    summary: ClassVar[str] = "channels of a CNN that is not trained yet moved between layers, some wider; dense and started anew"
+    summary: ClassVar[str] = (
+        "channels of a CNN that is not trained yet moved between layers, some wider; dense and started anew"
+    )
     needs_data: ClassVar[bool] = False
 
     parameters: float | None = 1.0
@@ -146,7 +150,11 @@ def _planned(
         notes=(
             f"{left[0]:,} of {totals[0]:,} weights ({left[0] / totals[0]:.2%}) and {left[1]:,} of {totals[1]:,} multiply-adds"
             f" ({left[1] / totals[1]:.2%}) for one image of {'x'.join(map(str, image))}; biases and norms are not counted.",
-            *(f'"{name}" keeps its channels: {why}.' for name, why in channels.left if "output of the model" not in why),
+            *(
+                f'"{name}" keeps its channels: {why}.'
+                for name, why in channels.left
+                if "output of the model" not in why
+            ),
         ),
     )
 

@@ -14,8 +14,9 @@ from .cut import Keep, cut_units, zero_out
 def shrink_channels(model: nn.Module, keep: Keep, channels: Channels) -> None:
     """Keep these units of these groups of `channels` (`structure.cnn_channels` of this model), in place; the others stay whole.
 
-    Parameters are new ones: make optimisers afterwards. Statistics of batch norms go with their channels. Group and layer norms normalise over
-    what is left, so that there removing is not zeroing. Raises ModelError and ConfigError as `shrink`; nothing has changed then.
+    Parameters are new ones: make optimisers afterwards. Statistics of batch norms go with their channels. Group and layer norms
+    normalise over what is left, so that there removing is not zeroing. Raises ModelError and ConfigError as `shrink`; nothing has
+    changed then.
     """
     cut_units(model, keep, coupling_of(model, channels))
     _cut_statistics(model, keep, channels)

@@ -32,7 +32,8 @@ def image_of(plan: Plan) -> tuple[int, ...]:
 
 def crop(model: nn.Module, plan: Plan, seed: int = 0) -> Applied:
     """Give every group of channels the width of the plan, in place, and start all layers anew from `seed`. Widths may be larger than they
-    are. Layers are the same modules, dense, with new parameters: make optimisers afterwards. Torch's own random streams stay where they are.
+    are. Layers are the same modules, dense, with new parameters: make optimisers afterwards. Torch's own random streams stay where they
+    are.
 
     A constructor's own initialisation, beyond what each layer does for itself, is for the caller to repeat.
     Raises PlanError for groups that the model has not, or other treatments; ModelError for a model that cannot be traced or that does not
@@ -127,5 +128,7 @@ def set_sizes(module: nn.Module, layer: ChannelLayer, inputs: int, outputs: int)
 
 
 def _shapes(output: object) -> list[tuple[int, ...]]:
-    leaves = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else [output]
+    leaves = (
+        output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else [output]
+    )
     return [tuple(one.shape) for one in leaves if isinstance(one, torch.Tensor)]

@@ -2,8 +2,9 @@
 
 A run (variable, inner) stands for `size * inner` channels in a row, `inner` of them for each unit of the variable. A convolution writes one
 run; concatenation puts layouts side by side; a depthwise convolution with multiplier 2, or a flattened 4x4 map, gives every unit 2 or 16
-channels; G groups are the same runs G times. Tying two layouts splits and binds variables until both read the same. Sizes alone are used, so a
-padded shortcut, a shuffle and the halves of a chunk need no rule of their own; what cannot be split in whole units is held at its full width.
+channels; G groups are the same runs G times. Tying two layouts splits and binds variables until both read the same. Sizes alone are
+used, so a padded shortcut, a shuffle and the halves of a chunk need no rule of their own; what cannot be split in whole units is held at
+its full width.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,8 +14,8 @@ from math import lcm
 
 @dataclass(eq=False)
 class Variable:
-    """Units that are kept or removed each for itself. fixed: the width may not change. residual: what meets at an addition. reasons: why it is
-    fixed, in words."""
+    """Units that are kept or removed each for itself. fixed: the width may not change. residual: what meets at an addition. reasons: why
+    it is fixed, in words."""
 
     size: int
     fixed: bool = False

@@ -53,7 +53,9 @@ def entries(runs: Sequence[Run]) -> dict[str, Tensor]:
     for run in runs:
         size = run.units * run.inner
         if run.group is not None:
-            found.setdefault(run.group, []).append((at + torch.arange(size, device="cpu")).reshape(run.units, run.inner))
+            found.setdefault(run.group, []).append(
+                (at + torch.arange(size, device="cpu")).reshape(run.units, run.inner)
+            )
         at += size
     return {name: torch.cat(parts, dim=1) for name, parts in found.items()}
 

@@ -1,8 +1,8 @@
 """Reshapes and channels: which dimension they lie in afterwards, and how often each comes.
 
-Dimensions before and after are matched in the smallest blocks of equal product. Merged with what is beside it, a channel comes once for every
-position (flatten), or all of them come again and again; split in two, one part is a plain number in the code (the groups of a shuffle) and
-the other may change. A size that is written as a number stays what it is, and so do the channels in it.
+Dimensions before and after are matched in the smallest blocks of equal product. Merged with what is beside it, a channel comes once for
+every position (flatten), or all of them come again and again; split in two, one part is a plain number in the code (the groups of a
+shuffle) and the other may change. A size that is written as a number stays what it is, and so do the channels in it.
 """
 
 from collections.abc import Sequence
@@ -60,5 +60,3 @@ def _block(old: tuple[int, ...], axis: int, shape: tuple[int, ...]) -> tuple[ran
             while j < len(shape) and shape[j] == 1 and i == len(old):
                 j += 1
             return range(start_i, i), range(start_j, min(j, len(shape)))
-
-

@@ -1,9 +1,9 @@
 """The channels of a convolutional network: which must have one width, and what every layer costs at other widths.
 
-Read from a torch.fx trace on the meta device, in evaluation mode: no weight is looked at and nothing is computed. The rules of each operation
-are in `channel_rules.py`, the algebra of layouts in `channel_layout.py`. An operation without a rule is refused by name; one that has a rule
-but cannot follow (a size written as a number, a parameter of the model's own along the channels) holds its channels at full width, and
-`left` says why.
+Read from a torch.fx trace on the meta device, in evaluation mode: no weight is looked at and nothing is computed. The rules of each
+operation are in `channel_rules.py`, the algebra of layouts in `channel_layout.py`. An operation without a rule is refused by name; one
+that has a rule but cannot follow (a size written as a number, a parameter of the model's own along the channels) holds its channels at
+full width, and `left` says why.
 """
 
 import copy
@@ -44,7 +44,8 @@ class ChannelGroup:
 class ChannelLayer:
     """A convolution, linear or norm. Inputs and outputs as runs; a norm and a depthwise convolution touch one row of channels.
 
-    kernel: positions of the kernel. groups: of a convolution that is not depthwise. positions: of the output, over all calls, for one image.
+    kernel: positions of the kernel. groups: of a convolution that is not depthwise. positions: of the output, over all calls, for one
+    image.
     """
 
     name: str
@@ -181,7 +182,9 @@ def _check_weights(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, (*CONVOLUTIONS, nn.Linear)):
             continue
-        if nn.utils.parametrize.is_parametrized(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
+        if nn.utils.parametrize.is_parametrized(module) or not isinstance(
+            module._parameters.get("weight"), nn.Parameter
+        ):
             raise ModelError(f'"{name}": its weight is computed from others (parametrized). Remove that first.')
         other = seen.setdefault(id(module.weight), name)
         if other != name:
