@@ -50,7 +50,7 @@ def test_budgets_at_full_width_change_nothing_and_preconfig_moves_channels_under
     assert all(one <= 2 * full for one, full in zip(got, (16, 16, 32, 32)))
     degenerate = widths(PreConfig(max_ratio=50.0, image_size=BIG))
     assert degenerate[0] > 50
-    assert degenerate[3] > 95
+    assert degenerate[3] > 90
     assert max(degenerate[1:3]) < 8
     assert widths(PreConfig(max_ratio=1.0, image_size=BIG)) == (16, 16, 32, 32)
 

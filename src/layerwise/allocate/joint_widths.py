@@ -114,13 +114,14 @@ def joint_widths(
     if not free.any() or (program.spent(lows) >= limits * (1 - 1e-9)).any():
         return dict(zip(program.names, lows.tolist(), strict=True))
     y = inside = _inside(program, limits, np.log(lows), np.log(highs), free)
-    ends = program.ends(np.exp(y))
+    ends, flow = program.ends(np.exp(y)), -np.inf
     for gap in (1e-6, _GAP):
         for _ in range(100):  # one turn, unless sides are sums of groups
             start = y + 0.05 * (inside - y)  # away from the bounds that the last turn ended at
             y = _interior(program, limits, np.log(lows), np.log(highs), free, ends, start, gap)
             ends, last = program.ends(np.exp(y)), ends
-            if np.allclose(ends, last, rtol=0, atol=max(gap, 1e-9)):
+            flow, reached = program.flow(np.exp(y)), flow
+            if np.allclose(ends, last, rtol=0, atol=max(gap, 1e-9)) or flow - reached < max(gap, 1e-9):
                 break
     return dict(zip(program.names, np.clip(np.exp(y), lows, highs).tolist(), strict=True))
 
