@@ -1,7 +1,7 @@
 """Widths from the expected flow against equal widths and SynFlow's masks, at the same multiply-adds, trained alike on CIFAR-10.
 
     python benchmarks/precropping.py --bed FOLDER --epochs 160 --seeds 3                                # the usual length: a GPU's work
-    python benchmarks/precropping.py --bed FOLDER --epochs 4 --images 3000 --pixels 16 --width 8        # what the table was made with
+    python benchmarks/precropping.py --bed FOLDER --epochs 4 --images 3000 --pixels 16 --width 8        # minutes on a CPU
 
 Two networks: ResNet-20 and a small MobileNetV2 of depthwise blocks. Every network (model, form, share, seed) is a line in the `.jsonl`
 beside the table as soon as it is trained, so that a run that was killed goes on where it stopped. Speed is that of the fastest tenth of
