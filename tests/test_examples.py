@@ -141,6 +141,15 @@ def test_block_vit_wins_back_what_blocks_cost(capsys: pytest.CaptureFixture[str]
     assert "by the energy model" in capsys.readouterr().out
 
 
+def test_precrop_cnn_trains_and_loads_what_it_saved(capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("sklearn")
+    found = example("precrop_cnn").main(epochs=4)
+    assert found["full"] > 0.9
+    assert found["cropped"] > 0.85
+    assert found["loaded"] == found["cropped"]
+    assert "of 77,328 weights" in capsys.readouterr().out
+
+
 @needs_demo
 def test_what_is_faster(capsys: pytest.CaptureFixture[str]):
     model, fast, report = example("what_is_faster").main(seconds=0.002, lengths=(1,))

@@ -8,13 +8,17 @@ from .equal_slope import equal_slope, smoothed, stencil_slopes
 from .erdos_renyi import erdos_renyi
 from .even import uniform, uniform_plus
 from .exact import exact_counts, sparsities_of
+from .expected_flow import flow_densities
 from .fill import water_fill
 from .hull_counts import hull_counts
+from .joint_widths import Program, Shape, Side, joint_widths
 from .least_error import Choice, Errors, hull_levels, least_error_levels
 from .levels import Costs, average, by_score, check_levels, levels_in_order, merged
 from .linear import linear_factors, linear_map
+from .log_fit import fitted_widths
 from .pareto import Sum, additive_front, pareto_front
 from .proportional import proportional
+from .whole_widths import Steps, whole_widths
 
 __all__ = [
     "TABLES",
@@ -23,6 +27,10 @@ __all__ = [
     "Costs",
     "EnergyTable",
     "Errors",
+    "Program",
+    "Shape",
+    "Side",
+    "Steps",
     "Sum",
     "additive_front",
     "average",
@@ -35,8 +43,11 @@ __all__ = [
     "equal_slope",
     "erdos_renyi",
     "exact_counts",
+    "fitted_widths",
+    "flow_densities",
     "hull_counts",
     "hull_levels",
+    "joint_widths",
     "least_error_levels",
     "levels_in_order",
     "linear_factors",
@@ -52,4 +63,5 @@ __all__ = [
     "uniform",
     "uniform_plus",
     "water_fill",
+    "whole_widths",
 ]

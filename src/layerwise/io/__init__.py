@@ -1,6 +1,7 @@
 """Models and tokenizers in and out of folders, in stock formats; what is saved is checked in a fresh process."""
 
 from .armor_linear import ArmorLinear, armor_linears, fastest_cores, multiplied_out
+from .cropped import export_onnx, load_cropped, save_cropped
 from .gguf_deci import SavedGGUF, save_gguf
 from .kv_cache import load_cache
 from .load import check_finite, load, load_image_processor, load_into, load_tokenizer
@@ -27,10 +28,12 @@ __all__ = [
     "check_output",
     "check_plan",
     "count_zeros",
+    "export_onnx",
     "fastest_cores",
     "linears_of",
     "load",
     "load_cache",
+    "load_cropped",
     "load_image_processor",
     "load_into",
     "load_streamed",
@@ -41,6 +44,7 @@ __all__ = [
     "needed_bytes",
     "packed_codes",
     "save",
+    "save_cropped",
     "save_gguf",
     "save_whole_streamed",
     "saved_report",

@@ -21,6 +21,7 @@ from .lpvit import LPViT
 from .lwq import LWQ
 from .owl import OWL
 from .owlore import OwLore
+from .precropping import PreConfig, PreCrop
 from .random_ratios import RandomRatios
 from .search import Search
 from .shortgpt import ShortGPT
@@ -56,6 +57,8 @@ __all__ = [
     "MagnitudeWidth",
     "Method",
     "OwLore",
+    "PreConfig",
+    "PreCrop",
     "RandomRatios",
     "RandomWidth",
     "SNIPRatio",
@@ -68,6 +71,7 @@ __all__ = [
     "method_from",
 ]
 
+# PreCrop and PreConfig decide before training, for `shrink.crop`: they are used from Python, and not in the table of the command line
 METHODS: dict[str, type[Method]] = {
     "uniform": Uniform,
     "uniform-plus": UniformPlus,

@@ -1,6 +1,8 @@
 """Treatments that change shapes: channels and heads cut out, whole blocks dropped, what a plan says of both."""
 
 from .apply import Applied, apply, changes_shapes, kept_by
+from .channels import shrink_channels, zero_channels
+from .crop import crop, image_of, widths_in
 from .cut import Keep, cut_units, shrink, zero_out
 from .depth import drop_blocks
 from .hidden import cut_hidden
@@ -14,9 +16,11 @@ __all__ = [
     "Keep",
     "apply",
     "changes_shapes",
+    "crop",
     "cut_hidden",
     "cut_units",
     "drop_blocks",
+    "image_of",
     "is_narrow",
     "kept_by",
     "narrow",
@@ -24,7 +28,10 @@ __all__ = [
     "said_by_layer",
     "settle",
     "shrink",
+    "shrink_channels",
     "uniform_widths",
+    "widths_in",
     "widths_of",
+    "zero_channels",
     "zero_out",
 ]

@@ -1,5 +1,6 @@
 """What a model is made of: stacks of blocks, layers with roles and sizes, and one view of every weight as matrices."""
 
+from .cnn_channels import ChannelGroup, ChannelLayer, Channels, Run, cnn_channels, size_of
 from .coupled import Coupling, Group, Part, coupled_groups, numbers_of
 from .factorable import factorable
 from .find import structure_of
@@ -10,15 +11,20 @@ from .views import as_matrices, from_matrices, in_order, module_of, parameter_of
 
 __all__ = [
     "Block",
+    "ChannelGroup",
+    "ChannelLayer",
+    "Channels",
     "Coupling",
     "Granularity",
     "Group",
     "Kind",
     "Layer",
     "Part",
+    "Run",
     "Stack",
     "Structure",
     "as_matrices",
+    "cnn_channels",
     "coupled_groups",
     "factorable",
     "from_matrices",
@@ -28,6 +34,7 @@ __all__ = [
     "module_of",
     "numbers_of",
     "parameter_of",
+    "size_of",
     "structure_of",
     "towers_of",
 ]
