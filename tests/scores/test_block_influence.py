@@ -16,6 +16,12 @@ def test_worked_by_hand():  # cosines 1, 0 and -1
     assert mean_turn(before, -before) == pytest.approx(2.0)
 
 
+def test_the_specification_s_number():  # ShortGPT: 1 - mean(cos 45 degrees, 1); a positive scale changes nothing
+    before, after = torch.tensor([[1.0, 0], [3, 4]]), torch.tensor([[1.0, 1], [3, 4]])
+    assert mean_turn(before, after) == pytest.approx(0.146447, abs=1e-6)
+    assert mean_turn(before, 7 * after) == pytest.approx(0.146447, abs=1e-6)
+
+
 def test_what_cannot_be_scored_is_refused():
     with pytest.raises(ScoreError, match="no tokens"):
         mean_turn(torch.ones(0, 3), torch.ones(0, 3))
