@@ -13,6 +13,7 @@ from layerwise.io import load, save
 from layerwise.plan import Plan, Prune, Quantize
 from layerwise.recover import (
     ADAPTERS,
+    Masks,
     Recovery,
     add_adapter,
     fine_tune,
@@ -170,10 +171,12 @@ def test_saved_and_loaded_it_gives_the_same_outputs(kind, tmp_path):
     save_adapter(model, tmp_path / "adapter")
     again = load_adapter(base, tmp_path / "adapter")
     assert torch.equal(logits(again, batch), logits(model, batch))
-    with torch.no_grad():
-        other.model.layers[0].self_attn.q_proj.weight[0, 0] += 1
-    with pytest.raises(ModelError, match="trained on other weights"):
-        load_adapter(other, tmp_path / "adapter")
+    for changed in ("model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight", "model.norm.weight"):
+        wrong = copy.deepcopy(other)
+        with torch.no_grad():
+            wrong.get_parameter(changed).view(-1)[0] += 1
+        with pytest.raises(ModelError, match="trained on other weights"):
+            load_adapter(wrong, tmp_path / "adapter")
     with pytest.raises(ModelError, match="which this model has not"):
         load_adapter(MODELS["gpt_neox"](), tmp_path / "adapter")
 
@@ -266,6 +269,14 @@ def test_quantized_bases_take_adapters_only(tmp_path):
     add_adapter(loaded, "hira", rank=2)
     found = Recovery(steps=4, lr=1e-2).train(loaded, data, data[:1], work=tmp_path / "work2")
     assert found.after < found.before
+    for one in loaded.parameters():
+        one.requires_grad_(True)
+    for refused in (
+        lambda: Recovery(steps=1).train(loaded, data, data[:1], work=tmp_path / "work3"),
+        lambda: Masks(loaded, {"model.norm.weight": torch.ones(32, dtype=torch.bool)}),
+    ):
+        with pytest.raises(ModelError, match="is quantized"):
+            refused()
     with pytest.raises(ModelError, match="Keep the adapter apart"):
         merge_adapter(loaded)
     save_adapter(loaded, tmp_path / "adapter")

@@ -45,7 +45,7 @@ class Adapter:
     dropout: float
     seed: int
     layers: tuple[str, ...]
-    base: str  # digest of the weights of these layers
+    base: str  # digest of all weights
     trained: tuple[str, ...]  # parameters that took gradients before
 
 
@@ -74,7 +74,7 @@ def add_adapter(
     masks = _masks(model, names, keep)
     trained = tuple(name for name, one in model.named_parameters() if one.requires_grad)
     alpha = (2.0 * rank if alpha is None else float(alpha)) if kind == "masked-lora" else None
-    adapter = Adapter(kind, rank, alpha, dropout, seed, tuple(names), _digest(model, names), trained)
+    adapter = Adapter(kind, rank, alpha, dropout, seed, tuple(names), _digest(model), trained)
     config = _config(model, adapter, masks)
     with random_states():
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator_for(seed, f"adapter:{kind}"))))
@@ -163,7 +163,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         raise ModelError(
             f'{source}: its base has a linear "{missing[0]}", which this model has not: give its own base.'
         )
-    if _digest(model, given.layers) != given.base:
+    if _digest(model) != given.base:
         raise ModelError(
             f"{source}: trained on other weights than these. Give the model it was added to, in the dtype it was stored in or wider."
         )
@@ -240,13 +240,14 @@ def _masks(model: nn.Module, names: list[str], keep: Mapping[str, Tensor] | None
     return masks
 
 
-def _digest(model: nn.Module, names: list[str] | tuple[str, ...]) -> str:
-    """Of the values of these layers' weights, the same in every dtype that holds them exactly."""
+def _digest(model: nn.Module) -> str:
+    """Of everything that a file of the model would hold, the same in every dtype that holds the values exactly: an adapter on a base whose
+    norms or embeddings differ gives other outputs, too."""
     digest = hashlib.sha256()
-    for name in names:
-        weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
-        wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).cpu().contiguous()
-        digest.update(f"{name}{tuple(weight.shape)}".encode() + wide.numpy().tobytes())
+    for name, value in sorted(model.state_dict().items()):
+        plain = value.detach()
+        wide = plain.to(torch.promote_types(plain.dtype, torch.float32)) if plain.is_floating_point() else plain
+        digest.update(f"{name}{tuple(wide.shape)}".encode() + wide.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

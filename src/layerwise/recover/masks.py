@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import ConfigError, DataError, ShapeError
+from .quantized import refuse_quantized
 
 FILE = "masks.safetensors"  # in the folder of a checkpoint
 
@@ -29,12 +30,13 @@ class Masks:
     keep: names of parameters, or of the modules whose `weight` they are, to bool tensors of the parameter's shape, True = kept.
     The masks are copied, a byte for each weight, and follow the parameters to their device.
     Raises ConfigError for a name the model does not have, or a weight that is given twice, also under the two names of a tied one;
-    ShapeError for a mask that does not fit.
+    ShapeError for a mask that does not fit, ModelError for a model whose quantized weights take gradients.
     """
 
     def __init__(self, model: nn.Module, keep: Mapping[str, Tensor]) -> None:
         if not keep:
             raise ConfigError("there are no masks to hold: give at least one.")
+        refuse_quantized(model)
         self._parameters: dict[str, nn.Parameter] = {}
         self._keep: dict[str, Tensor] = {}
         names: dict[int, str] = {}  # of each parameter, which has several where it is tied

@@ -13,7 +13,7 @@ def refuse_quantized(model: nn.Module) -> None:
     if not on_grid and not said:
         return
     for name, parameter in model.named_parameters():
-        layer = name.rpartition(".")[0]
+        layer = name.rpartition(".")[0].removesuffix(".base_layer")  # as an adapter renames it
         if parameter.requires_grad and (
             layer in on_grid or (said and parameter.ndim > 1 and "adapter" not in _kind(model))
         ):
