@@ -38,7 +38,11 @@ class Lines:
 
     def of(self, **wanted: Any) -> list[Row]:
         """The rows whose keys have these values, in the order in which they were measured first."""
-        return [row for key, row in self._entries.values() if wanted.items() <= key.items()]
+        return [row for _, row in self.entries(**wanted)]
+
+    def entries(self, **wanted: Any) -> list[tuple[Row, Row]]:
+        """The same with their keys."""
+        return [(key, row) for key, row in self._entries.values() if wanted.items() <= key.items()]
 
 
 def _text(key: Row) -> str:
