@@ -164,7 +164,7 @@ def size(model: nn.Module) -> int:
 @torch.no_grad()
 def speeds(dense: nn.Module, model: nn.Module) -> dict[str, float]:
     """Milliseconds of a prefill of 512 tokens and of decoding one behind 64, the median of turns that both take; and the dense ones."""
-    ids = torch.arange(512)[None] % 1000 + 3
+    ids = (torch.arange(512)[None] % 1000 + 3).to(next(dense.parameters()).device)
     found: dict[str, float] = {}
     for name, run in (("prefill", prefill), ("decode", decode)):
         times: dict[str, list[float]] = {"": [], "dense_": []}
@@ -180,15 +180,24 @@ def speeds(dense: nn.Module, model: nn.Module) -> dict[str, float]:
 def prefill(model: nn.Module, ids: torch.Tensor) -> float:
     started = time.perf_counter()
     model(input_ids=ids, use_cache=False)
+    wait(ids)
     return time.perf_counter() - started
 
 
 def decode(model: nn.Module, ids: torch.Tensor) -> float:
     cache = model(input_ids=ids[:, :64], use_cache=True).past_key_values
+    wait(ids)
     started = time.perf_counter()
     for place in range(64, 72):
         cache = model(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True).past_key_values
+    wait(ids)
     return (time.perf_counter() - started) / 8
+
+
+def wait(ids: torch.Tensor) -> None:
+    """Until the accelerator has done what it was asked for."""
+    if ids.device.type == "cuda":
+        torch.cuda.synchronize(ids.device)
 
 
 def report(results: Lines, shown: dict[str, dict[str, Any]], options: argparse.Namespace) -> Iterator[str]:

@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--allocations", default=ALLOCATIONS)
     parser.add_argument("--solvers", default=",".join(SOLVERS))
     parser.add_argument("--seeds", type=int, default=3, help="0, 1, ...")
+    parser.add_argument("--only-seed", type=int, help="measure this one alone: several processes share the work")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=20_480, help="held-out tokens, in windows of --length")
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one seed, 4 x 128 tokens, 4096 held-out tokens, small models"
     )
+    parser.add_argument("--report", action="store_true", help="measure nothing more: write what is there")
     parser.add_argument("--out", type=Path, default=HERE / "results/allocation.md")
     options = parser.parse_args()
     if options.quick:
@@ -80,6 +82,8 @@ def main() -> None:
         protocol = protocol_of(subject, options)
         shown[subject.name] = protocol
         missing = [cell for cell in cells(subject.name, options) if key_of(cell, protocol) not in results]
+        if options.report:
+            missing = []
         with alphas_kept(options.work / "alphas"):  # they depend on the weights alone
             for cell, row in measured(subject, missing, options):
                 results.add(key_of(cell, protocol), row)
@@ -113,7 +117,7 @@ def protocol_of(subject: Subject, options: argparse.Namespace) -> dict[str, Any]
 def cells(model: str, options: argparse.Namespace) -> Iterator[Cell]:
     """Seeds vary first, so that a run cut short has whole ones; solvers last, so that they share a plan."""
     yield Cell(model)
-    for seed in range(options.seeds):
+    for seed in range(options.seeds) if options.only_seed is None else [options.only_seed]:
         for sparsity in map(float, options.sparsities.split(",")):
             for allocation in options.allocations.split(","):
                 for solver in options.solvers.split(","):

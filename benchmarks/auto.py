@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_480, help="held-out tokens, in windows of --length")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--report", action="store_true", help="measure nothing more: write what is there")
     parser.add_argument("--out", type=Path, default=HERE / "results/auto.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -52,6 +53,8 @@ def main() -> None:
     wanted = []
     for subject in subjects(options):
         for key in keys(subject, options):
+            if options.report and key not in results:
+                continue
             wanted.append(key)
             if key not in results:
                 results.add(key, measured(subject, key, options))

@@ -56,7 +56,9 @@ def main() -> None:
     add_device(parser)
     parser.add_argument("--shares", default="0.5", help="of the parameters that are kept")
     parser.add_argument("--budgets", default="0.25,0.5,1,2,4,8", help="millions of tokens")
-    parser.add_argument("--windows", type=int, default=8000, help="that training draws from; more tokens are further epochs")
+    parser.add_argument(
+        "--windows", type=int, default=8000, help="that training draws from; more tokens are further epochs"
+    )
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8, help="windows in a step")
     parser.add_argument("--stages", type=int, default=4, help="of Adapt-Accel")
@@ -130,7 +132,9 @@ class Bench:
             held_out = [{"input_ids": self.held_out}]
             if cell.arm == "accel":
                 method, some = self.method(cell.share), self.looked_at
-                adapt_accel(model, method, some, self.train, held_out, recovery=recovery, stages=options.stages, work=work)
+                adapt_accel(
+                    model, method, some, self.train, held_out, recovery=recovery, stages=options.stages, work=work
+                )
             else:
                 apply(model, self.plan(cell.share))
                 if cell.arm == "scratch":
@@ -138,7 +142,11 @@ class Bench:
                 recovery.train(model, self.train, held_out, work=work)
         windows = list(self.searched) if cell.part == "rate" else self.judged
         size = sum(parameter.numel() for parameter in model.parameters())
-        return {"loss": math.log(perplexity(model, windows)), "parameters": size, "seconds": time.perf_counter() - started}
+        return {
+            "loss": math.log(perplexity(model, windows)),
+            "parameters": size,
+            "seconds": time.perf_counter() - started,
+        }
 
 
 @torch.no_grad()

@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_480, help="held-out tokens, in windows of --length")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--report", action="store_true", help="measure nothing more: write what is there")
     parser.add_argument("--out", type=Path, default=HERE / "results/layerwise_bits.md")
     options = parser.parse_args()
     if not 3 < options.high <= 8:
@@ -97,7 +98,7 @@ def main() -> None:
     for subject in subjects(options):
         bench = Bench(subject, options)
         shown[subject.name] = bench
-        for cell in bench.cells():
+        for cell in () if options.report else bench.cells():
             if bench.key(cell) not in results:
                 row = bench.measured(cell)
                 results.add(bench.key(cell), row)

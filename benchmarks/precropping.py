@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--shares", default="0.5,0.25,0.1", help="of the multiply-adds")
     parser.add_argument("--width", type=int, default=16, help="channels of the first stage")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only-seed", type=int, help="train this one alone: several processes share the work")
     parser.add_argument("--epochs", type=int, default=160)
     parser.add_argument("--images", type=int, default=19_984, help="the first so many of the training images")
     parser.add_argument("--test-images", type=int, default=4990)
@@ -134,7 +135,7 @@ def protocol_of(options: argparse.Namespace) -> dict[str, Any]:
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
     """Seed by seed, so that a run cut short has whole seeds; dense first."""
-    for seed in range(options.seeds):
+    for seed in range(options.seeds) if options.only_seed is None else [options.only_seed]:
         for model in options.models.split(","):
             yield Cell(model, seed=seed)
             for share in map(float, options.shares.split(",")):

@@ -56,7 +56,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the table here too")
     options = parser.parse_args()
     if not options.toy and not torch.cuda.is_available():
-        raise SystemExit("training_gpu: no CUDA device, and the full size needs one; --toy runs the same code on the CPU.")
+        raise SystemExit(
+            "training_gpu: no CUDA device, and the full size needs one; --toy runs the same code on the CPU."
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = TOY if options.toy else Size()
     size = Size(**{**size.__dict__, "length": options.length or size.length})
@@ -70,7 +72,10 @@ def main() -> None:
 
 
 def report(size: Size, device: torch.device, names: list[str]) -> Iterator[str]:
-    yield from ["# Fine-tuning a 7B-shaped model on one accelerator" if size.blocks == 32 else "# The toy: no claim", ""]
+    yield from [
+        "# Fine-tuning a 7B-shaped model on one accelerator" if size.blocks == 32 else "# The toy: no claim",
+        "",
+    ]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     yield f"Machine: {name}; {machine()}. torch {torch.__version__}, layerwise {lw.__version__}."
     yield (
@@ -78,7 +83,10 @@ def report(size: Size, device: torch.device, names: list[str]) -> Iterator[str]:
         f" step, gradient checkpointing; {2 * size.period} steps, blocks drawn every {size.period}. GB = 1e9 bytes, by torch's allocator."
         f" OwLore's paper: {PUBLISHED:g} GB for a 7B model, its batch and length not given."
     )
-    yield from ["", "| method | peak GB | model GB | held after the last step | s a step | s of a step that draws blocks |"]
+    yield from [
+        "",
+        "| method | peak GB | model GB | held after the last step | s a step | s of a step that draws blocks |",
+    ]
     yield "|---|--:|--:|--:|--:|--:|"
     for name in names:
         try:

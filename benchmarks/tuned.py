@@ -48,9 +48,10 @@ def tuned(source: Path, bed: Path, work: Path) -> Path:
         return folder
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device)
     windows = text(bed / "text/wikipedia-calibration.txt", tokenizer, samples=STEPS * BATCH, length=LENGTH, seed=SEED)
-    train(model, torch.cat([batch["input_ids"] for batch in windows]).split(BATCH))
+    train(model, torch.cat([batch["input_ids"] for batch in windows]).to(device).split(BATCH))
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.rename(folder)
