@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="of training")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtype", choices=("float32",), default="float32")
+    parser.add_argument("--report", action="store_true", help="measure nothing more: write what is there")
     parser.add_argument("--out", type=Path, default=HERE / "results/adapt_pruner.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -73,7 +74,7 @@ def main() -> None:
         settings = ("batch", "windows", "lr", "stages", "step")
         protocol = {**protocol_of(subject, options), **{name: getattr(options, name) for name in settings}}
         shown[subject.name] = protocol
-        for cell, row in measured(subject, options, results, protocol):
+        for cell, row in () if options.report else measured(subject, options, results, protocol):
             results.add({**asdict(cell), "protocol": protocol}, row)
             print(" ".join(str(part) for part in asdict(cell).values()), row, file=sys.stderr, flush=True)
     text = "\n".join(report(results, shown, options))

@@ -3,14 +3,15 @@
     python benchmarks/from_scratch.py --work /tmp/from_scratch                                    # the demo model, hours on a CPU
     python benchmarks/from_scratch.py --work /tmp/from_scratch --device cuda --batch 32
 
-The demo model is cut by Adapt-Pruner to a share of its parameters. Three runs share that shape, text, recipe and number of tokens: from
-random weights; cut, then trained; cut in stages with training between (Adapt-Accel). Every budget of tokens is a run of its own, with its
-own schedule of the learning rate, which each kind of run chose at the budget in the middle, on other text. The dense model's own training
-is not counted: the question is what a smaller one costs for whoever has the larger. Every run is a line of the `.jsonl` as soon as it is
-measured.
+The demo model is cut by Adapt-Pruner to a share of its parameters. Three runs share that shape, text and recipe: from random weights;
+cut, then trained; cut in stages with training between (Adapt-Accel). The second and third get more tokens until they are where the first
+one ends. Every budget of tokens is a run of its own, with its own schedule of the learning rate, which each kind of run chose on other
+text. The dense model's own training is not counted: the question is what a smaller one costs for whoever has the larger. Every run is a
+line of the `.jsonl` as soon as it is measured.
 """
 
 import argparse
+import itertools
 import math
 import os
 import sys
@@ -77,7 +78,11 @@ def main() -> None:
         for arm in () if options.report else ARMS:
             lr = bench.rate(share, arm)
             for tokens in bench.budgets:
-                bench.row(Cell(share, arm, tokens, lr))
+                row = bench.row(Cell(share, arm, tokens, lr))
+                if arm == "scratch":
+                    goal = row["loss"]
+                elif row["loss"] <= goal:
+                    break
     text = "\n".join(report(bench, options))
     options.out.write_text(text + "\n", encoding="utf-8")
     print(text)
@@ -109,8 +114,8 @@ class Bench:
         return self.results[self.key(cell)]
 
     def rate(self, share: float, arm: str) -> float:
-        """The learning rate of least loss at the budget in the middle, on text for that alone."""
-        tokens = self.budgets[len(self.budgets) // 2]
+        """The learning rate of least loss, on text for that alone: at the budget in the middle, of cut models at the first."""
+        tokens = self.budgets[len(self.budgets) // 2 if arm == "scratch" else 0]
         return min(RATES, key=lambda lr: self.row(Cell(share, arm, tokens, lr, "rate"))["loss"])
 
     def method(self, share: float) -> lw.methods.AdaptPruner:
@@ -164,7 +169,7 @@ def reached(curve: list[tuple[int, float]], loss: float) -> float | None:
     """Tokens at which a curve of (tokens, loss) comes down to this loss, between two budgets on a logarithmic line."""
     if curve[0][1] <= loss:
         return float(curve[0][0])
-    for (few, high), (many, low) in zip(curve, curve[1:], strict=False):
+    for (few, high), (many, low) in itertools.pairwise(curve):
         if low <= loss:
             share = (high - loss) / (high - low)
             return math.exp(math.log(few) + share * (math.log(many) - math.log(few)))
@@ -176,9 +181,10 @@ def report(bench: Bench, options: argparse.Namespace) -> Iterator[str]:
     yield ""
     yield f"Machine: {machine(options.device)}; {options.threads} threads. layerwise {lw.__version__}, torch {torch.__version__}."
     yield (
-        f"Protocol: {bench.subject.name}, float32; AdamW, warm-up, constant rate, down over the last tenth; {options.batch} x {options.length}"
-        f" tokens a step from {len(bench.train) * options.batch} windows of python-docs, again where they run out; rate of each kind of run"
-        f" chosen from {', '.join(f'{one:g}' for one in RATES)} at {bench.budgets[len(bench.budgets) // 2] / 1e6:g}M tokens;"
+        f"Protocol: {bench.subject.name}, float32; AdamW, warm-up, constant rate, down over the last tenth;"
+        f" {options.batch} x {options.length} tokens a step from {len(bench.train) * options.batch} windows of python-docs, again where"
+        f" they run out; rate of each kind of run chosen from {', '.join(f'{one:g}' for one in RATES)} at {bench.budgets[len(bench.budgets) // 2] / 1e6:g}M tokens (cut models:"
+        f" {bench.budgets[0] / 1e6:g}M);"
         f" {options.stages} stages of Adapt-Accel; no teacher; one seed. Loss in nats on up to {options.tokens} held-out tokens."
     )
     dense = lw.load(bench.subject.folder, dtype="float32", device=options.device)

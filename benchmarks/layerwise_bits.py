@@ -9,6 +9,7 @@ so a run that was killed goes on.
 """
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -261,7 +262,7 @@ def table(results: Lines, bench: Bench, solver: str) -> Iterator[str]:
         order = "lim" if low in (0, bench.blocks) else order
         return results.of(protocol=bench.protocol, model=model, solver=solver, order=order, low=low)
 
-    bits = [statistics.fmean(row.get("bits", float("nan")) for row in rows("lim", low)) for low in points]
+    bits = [statistics.fmean([row.get("bits", math.nan) for row in rows("lim", low)] or [math.nan]) for low in points]
     yield f"| blocks at 2 bits | {' | '.join(map(str, points))} |"
     yield f"|---|{'--:|' * len(points)}"
     yield f"| true bits | {' | '.join(f'{one:.3f}' for one in bits)} |"

@@ -79,8 +79,9 @@ def report(size: Size, device: torch.device, names: list[str]) -> Iterator[str]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     yield f"Machine: {name}; {machine()}. torch {torch.__version__}, layerwise {lw.__version__}."
     yield (
-        f"Protocol: random bfloat16 weights, {size.blocks} blocks of {size.hidden}/{size.intermediate}; {size.batch} x {size.length} tokens a"
-        f" step, gradient checkpointing; {2 * size.period} steps, blocks drawn every {size.period}. GB = 1e9 bytes, by torch's allocator."
+        f"Protocol: random bfloat16 weights, {size.blocks} blocks of {size.hidden}/{size.intermediate};"
+        f" {size.batch} x {size.length} tokens a step, gradient checkpointing; {2 * size.period} steps,"
+        f" blocks drawn every {size.period}. GB = 1e9 bytes, by torch's allocator."
         f" OwLore's paper: {PUBLISHED:g} GB for a 7B model, its batch and length not given."
     )
     yield from [

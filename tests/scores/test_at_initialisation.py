@@ -126,6 +126,20 @@ def test_synflow_worked_by_hand():
     assert masked["1"].tolist() == [[1, 3]]
 
 
+@pytest.mark.parametrize("cut", [nn.ReLU6(), nn.ReLU6(inplace=True), nn.Hardtanh(0.0, 6.0), nn.Hardtanh()])
+def test_flow_passes_activations_that_are_cut_off_at_the_top(cut):
+    draw = torch.Generator().manual_seed(0)
+    networks = [nn.Sequential(nn.Linear(8, 8), one, nn.Linear(8, 4)) for one in (nn.ReLU(), cut)]
+    for parameters in zip(*(network.parameters() for network in networks), strict=True):
+        value = 9 * torch.randn(parameters[0].shape, generator=draw)  # everything is above the cut
+        for parameter in parameters:
+            parameter.data = value.clone()
+    want, got = (synflow_scores(one, batches(torch.ones(1, 8)), structure_of(one, include=["*"])) for one in networks)
+    assert all((score > 0).all() for score in want.values())
+    for name in want:
+        torch.testing.assert_close(got[name], want[name])
+
+
 def test_flow_is_conserved_in_a_network_with_batch_norms():
     model = MODELS["cifar_resnet"]()
     with torch.no_grad():

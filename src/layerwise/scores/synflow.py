@@ -3,15 +3,19 @@
 The flow is the sum of the outputs for an input of ones; no label and no value of the data enters, only its shape. What goes into a
 unit and what comes out is the same flow, so that no layer of a network of ReLUs is emptied before the others. Departures from the
 official code: D1 the running means of batch norms count as zero, not by absolute value, so that all signals stay positive in a trained
-network too. D2 token ids stay as they are: there are no ones to look up.
+network too. D2 token ids stay as they are: there are no ones to look up. D3 no activation is cut off at the top (ReLU6,
+hard tanh): the flow of absolute weights is far above 6, and behind the cut nothing would carry any.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import DataError, LayerwiseError, ModelError, ScoreError
@@ -61,7 +65,7 @@ def synflow_scores(
         scores[name] = flow.cpu().double()
         weight.data = weight.new_empty(0)  # every operation that looked at it has had its turn
 
-    with left_alone([model]), torch.enable_grad(), handed_over(leaves, take):
+    with left_alone([model]), torch.enable_grad(), handed_over(leaves, take), _Uncut():
         _flow(model, tensors, _of_ones(data[0], dtype)).backward(inputs=list(leaves.values()))  # type: ignore[no-untyped-call]
     unseen = {name: leaf.shape for name, leaf in leaves.items() if name not in scores}
     scores |= {name: torch.zeros(shape, dtype=torch.float64) for name, shape in unseen.items()}
@@ -79,6 +83,17 @@ def _flow(model: nn.Module, tensors: Mapping[str, Tensor], ones: Batch) -> Tenso
     if not flow.requires_grad:
         raise ModelError(f"the outputs of {type(model).__name__} depend on none of the layers.")
     return flow
+
+
+class _Uncut(TorchFunctionMode):
+    """D3, wherever the model calls them; in place where it does so."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (F.relu6, F.hardtanh, F.hardtanh_):
+            return F.relu(args[0])  # what comes in is positive, or would be cut off below
+        return func(*args, **(kwargs or {}))
 
 
 class _Flow(nn.Module):
