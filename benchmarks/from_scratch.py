@@ -183,7 +183,8 @@ def report(bench: Bench, options: argparse.Namespace) -> Iterator[str]:
     yield (
         f"Protocol: {bench.subject.name}, float32; AdamW, warm-up, constant rate, down over the last tenth;"
         f" {options.batch} x {options.length} tokens a step from {len(bench.train) * options.batch} windows of python-docs, again where"
-        f" they run out; rate of each kind of run chosen from {', '.join(f'{one:g}' for one in RATES)} at {bench.budgets[len(bench.budgets) // 2] / 1e6:g}M tokens (cut models:"
+        f" they run out; rate of each kind of run chosen from {', '.join(f'{one:g}' for one in RATES)} at"
+        f" {bench.budgets[len(bench.budgets) // 2] / 1e6:g}M tokens (cut models:"
         f" {bench.budgets[0] / 1e6:g}M);"
         f" {options.stages} stages of Adapt-Accel; no teacher; one seed. Loss in nats on up to {options.tokens} held-out tokens."
     )
