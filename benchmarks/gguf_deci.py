@@ -54,7 +54,7 @@ def main() -> None:
             rows.append(f"| {dtype} | {saved.bytes:,} | {error:.2g} | {'the same' if same else 'different'} |")
             widths = f"channels {list(saved.channels)}, heads {list(saved.heads)}"
     table = ["| numbers | bytes | error of logits | ids |", "|---|---|---|---|", *rows]
-    head = f"{options.model}: {widths}; {len(ids)} tokens; llama-cpp-python {llama_cpp.__version__}; {machine()}."
+    head = f"{Path(options.model).name}: {widths}; {len(ids)} tokens; llama-cpp-python {llama_cpp.__version__}; {machine()}."
     text = "\n".join(["# GGUF deci beside the model", "", head, "", *table, ""])
     print(text)
     options.out.write_text(text, encoding="utf-8")
