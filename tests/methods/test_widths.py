@@ -16,7 +16,7 @@ from layerwise.methods.flap import above_threshold, standard
 from layerwise.methods.widths import Widths
 from layerwise.plan import Plan
 from layerwise.shrink import apply, kept_by
-from layerwise.structure import coupled_groups, numbers_of
+from layerwise.structure import coupled_groups, numbers_of, structure_of
 from layerwise.tasks.batches import Batches
 from models import MODELS, inputs_for, small_llama
 
@@ -102,6 +102,51 @@ def test_floors_and_multiples(name):
     kept = [entry.resize.channels for entry in plan.layers.values() if entry.resize.channels is not None]
     assert kept
     assert all(one >= 24 and one % 8 == 0 for one in kept)
+
+
+def test_multiples_hold_together_with_those_of_fused_experts():
+    model = MODELS["mixtral"]()
+    data = data_for("mixtral", model)
+    plan = made("magnitude-width", 0.6, multiple_of=12).plan(model, data)
+    kept = [entry.resize.channels for entry in plan.layers.values() if entry.resize.channels is not None]
+    assert kept
+    assert all(one % 24 == 0 for one in kept)
+    apply(model, plan)
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_excluded_layers_leave_their_group_whole(name):
+    model = MODELS["llama"]()
+    structure = structure_of(model, exclude=["model.layers.0.mlp.up_proj"])
+    plan = made(name, 0.85).plan(model, data_for("llama", model), structure=structure)
+    assert plan.layers
+    assert "model.layers.0.mlp" not in plan.layers
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_adapt_pruner_ends_where_its_most_important_block_would_never_move(monkeypatch, reference):
+    """Amplitude = step, as in the scripts: of two blocks the important one gains 0.1 - 0.1 * 1 a step."""
+    taken, step = [], AdaptPruner._step
+
+    def counted(*given):
+        taken.append(1)
+        assert len(taken) < 100
+        return step(*given)
+
+    monkeypatch.setattr(AdaptPruner, "_step", counted)
+    model = MODELS["llama"]()
+    total = sum(one.numel() for one in model.parameters())
+    for amplitude in (0.1, 0.15):
+        method = AdaptPruner(parameters=0.45, step=0.1, amplitude=amplitude, reference=reference)
+        plan = method.plan(model, data_for("llama", model))
+        assert apply(MODELS["llama"](), plan).after <= 0.45 * total
+
+
+def test_blocks_that_cannot_give_so_much_are_said_in_the_budget_s_own_unit():
+    model = MODELS["llama"]()
+    method = method_from("llm-pruner", parameters=0.5, budget="macs", first_whole=0.5)
+    with pytest.raises(BudgetError, match="multiply-adds"):
+        method.plan(model, data_for("llama", model))
 
 
 def test_llm_pruner_s_counts_on_its_own_models():

@@ -1,6 +1,7 @@
 """What methods for width share: groups and their costs, the target, and a plan of the units that stay."""
 
 from collections.abc import Mapping, Sequence
+from math import lcm
 from typing import Any
 
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class Widths:
                 group.units,
                 self.costs.units[group.name],
                 min(group.units, min_heads if group.kind == "heads" else min_channels),
-                max(group.multiple, multiple_of) if group.kind == "channels" else 1,
+                lcm(group.multiple, multiple_of) if group.kind == "channels" else 1,
             )
             for group in self.groups
         }
