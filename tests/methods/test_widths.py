@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from layerwise.allocate.units import Sized, lowest_first, meet, parameters_of
 from layerwise.errors import BudgetError, ConfigError, DataError, ModelError
 from layerwise.methods import METHODS, AdaptPruner, method_from
-from layerwise.methods.flap import above_threshold, standard
+from layerwise.methods.flap import above_threshold, code_cost, standard, strictly_above
 from layerwise.methods.widths import Widths
 from layerwise.plan import Plan
 from layerwise.shrink import apply, kept_by
@@ -194,6 +194,32 @@ def test_flap_s_threshold_over_the_model():
     assert kept(28) == {"heads": 2, "channels": 4}
     assert kept(22) == {"heads": 2, "channels": 2}  # inclusive at 0.3: 52.4 %
     assert standard(torch.full((4, 2), 3.0)).tolist() == [0, 0, 0, 0]
+
+
+def test_flap_s_threshold_in_the_code():
+    """Check 6, strict: the threshold's own unit goes; 66.7 % and 33.3 % of the cost stay."""
+    scores = {"heads": torch.tensor([0.9, -0.4, 0.3]), "channels": torch.tensor([1.5, 0.2, -0.1, -0.8, 0.6, -1.2])}
+    costs = {"heads": 8 / 3, "channels": 1.0}
+    assert strictly_above(scores, costs, 0.8) == {"heads": 2, "channels": 4}
+    assert strictly_above(scores, costs, 0.5) == {"heads": 1, "channels": 2}
+
+
+def test_flap_as_its_code_has_it():
+    """Never more than is asked for but for what a group keeps at least; a head of h = 8 under one query head costs 4 h / 3."""
+    model = MODELS["llama"]()
+    data = data_for("llama", model)
+    total = sum(one.numel() for one in model.parameters())
+    plan, ours = (made("flap", 0.8, reference=reference).plan(model, data) for reference in (True, False))
+    assert plan.layers != ours.layers
+    assert plan.method["reference"] is True
+    left = apply(MODELS["llama"](), plan.model_copy(update={"method": {}})).after
+    assert left <= 0.8 * total
+    one = Batches(({"input_ids": data[0]["input_ids"][:1]},), {})
+    with pytest.raises(DataError, match="second sequence"):
+        made("flap", 0.8, reference=True).plan(model, one)
+    made("flap", 0.8).plan(model, one)
+    group = next(one for one in coupled_groups(MODELS["gpt2"]()).groups if one.kind == "heads")
+    assert code_cost(group) == pytest.approx(4 * 8 / 3)
 
 
 def test_shortgpt_drops_what_changes_least():

@@ -104,7 +104,8 @@ def widths_plan(
         layers[group.name] = Treatments(resize=Resize(**sizes, kept=which))
     left = parameters_of(widths.total, widths.sized, {name: len(units) for name, units in kept.items()})
     words = widths.costs.words
-    short = "" if widths.budget == "latency" else f", {words(widths.target - left)} fewer than asked for"
+    off = f", {words(abs(widths.target - left))} {'fewer' if left <= widths.target else 'more'} than asked for"
+    short = "" if widths.budget == "latency" else off
     said = [f"{words(left)} of {words(widths.total)} {widths.costs.unit} stay ({left / widths.total:.2%}){short}."]
     return Plan(
         method=method,
