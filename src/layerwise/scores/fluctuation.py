@@ -76,7 +76,8 @@ class Running:
     @classmethod
     def of(cls, inputs: int) -> "Running":
         """Before any sequence. float64."""
-        return cls(*(torch.zeros(inputs, dtype=torch.float64) for _ in range(3)))
+        nothing = torch.zeros(inputs, dtype=torch.float64)
+        return cls(nothing, nothing, nothing.clone())
 
     def meet(self, sequences: Sequence[Tensor]) -> None:
         """Each: (tokens, inputs)."""

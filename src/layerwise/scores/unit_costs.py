@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +152,7 @@ def _weights(model: nn.Module, group: Group) -> int:
 
 def _active(model: nn.Module, count: int, shape: Sequence[int]) -> int:
     """Of so many weights of fused experts, those that a token meets. Raises ScoreError where the config does not say how many it takes."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     chosen = next((n for name in _CHOSEN if isinstance(n := getattr(config, name, None), int)), None)
     if chosen is None:
