@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from layerwise.allocate.units import Sized, lowest_first, meet, parameters_of
-from layerwise.errors import BudgetError, ConfigError, DataError, ModelError
+from layerwise.errors import BudgetError, ConfigError, DataError, ModelError, PlanError
 from layerwise.methods import METHODS, AdaptPruner, method_from
 from layerwise.methods.flap import above_threshold, code_cost, standard, strictly_above
 from layerwise.methods.widths import Widths
@@ -64,6 +64,7 @@ def test_the_budget_is_met_to_less_than_a_unit_and_the_plan_applies(name, model_
     target = int(total * 0.75)
     assert left <= target < left + smallest
     assert plan.budget.parameters == target
+    assert plan.model.fingerprint == structure_of(model).fingerprint
     without = plan.model_copy(update={"method": {**plan.method, "compensate": False}})
     applied = apply(model, without)
     assert applied.after == left == sum(one.numel() for one in model.parameters())
@@ -231,6 +232,9 @@ def test_shortgpt_drops_what_changes_least():
     lowest = sorted(plan.scores, key=plan.scores.__getitem__)[:2]
     assert {*gone} == {*lowest}
     apply(model, plan)
+    assert model.config.num_hidden_layers == 3
+    with pytest.raises(PlanError, match="this model has other parameters"):
+        apply(model, plan)  # blocks count anew: others would go
     assert model.config.num_hidden_layers == 3
     with pytest.raises(BudgetError, match="with one block"):
         method_from("shortgpt", parameters=0.01).plan(MODELS["llama"](), data_for("llama", MODELS["llama"]()))

@@ -12,6 +12,7 @@ from ..plan import Budget, Plan, Resize, Treatments
 from ..scores.unit_costs import costs_of
 from ..structure import Coupling, Group, Structure, coupled_groups, structure_of
 from ..treatments import kept_text
+from .assemble import facts_of
 
 __all__ = ["Widths", "check_share", "widths_plan"]
 
@@ -45,6 +46,7 @@ class Widths:
             raise ConfigError(f"{owner}: min_heads, min_channels and multiple_of are at least 1.")
         check_share(owner, parameters)
         self.owner, self.structure = owner, structure or structure_of(model)
+        self.facts = facts_of(model, self.structure)
         self.coupling: Coupling = coupled_groups(model, self.structure)
         if not self.coupling.groups:
             reasons = "; ".join(sorted({reason for _, reason in self.coupling.left})) or "it has no blocks"
@@ -108,6 +110,7 @@ def widths_plan(
     short = "" if widths.budget == "latency" else off
     said = [f"{words(left)} of {words(widths.total)} {widths.costs.unit} stay ({left / widths.total:.2%}){short}."]
     return Plan(
+        model=widths.facts,
         method=method,
         budget=_budget(widths),
         layers=layers,

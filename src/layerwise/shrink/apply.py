@@ -18,7 +18,7 @@ from ..passes import check_whole
 from ..plan import Plan
 from ..scores.fluctuation import Moments, moments
 from ..scores.units import magnitudes
-from ..structure import Coupling, Group, coupled_groups
+from ..structure import Coupling, Group, coupled_groups, structure_of
 from ..structure.coupled import GroupKind
 from ..tasks.batches import Batch
 from .cut import Keep, cut_units
@@ -73,7 +73,11 @@ def apply(model: nn.Module, plan: Plan, data: Sequence[Batch] | None = None) -> 
 
 
 def kept_by(model: nn.Module, plan: Plan, coupling: Coupling) -> dict[str, list[int]]:
-    """Group -> units that the plan keeps. Raises PlanError with everything that does not fit."""
+    """Group -> units that the plan keeps. Raises PlanError with everything that does not fit, or for a plan that says it is of another
+    model: this one may have been cut by it already, and its blocks count anew."""
+    structure = structure_of(model)
+    names = {group.name for group in coupling.groups} | {block.name for block in structure.blocks}
+    plan.check_model(structure.fingerprint, names)
     problems, keep = [], dict[str, list[int]]()
     known = {group.name: group for group in coupling.groups}
     for name, entry in plan.layers.items():
