@@ -8,7 +8,7 @@ import dataclasses
 import fnmatch
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -161,13 +161,8 @@ class Plan(Record):
         the layers that are quantised must not exceed.
         """
         known, blocks, attentions = {layer.name: layer for layer in layers}, set(blocks), tuple(attentions)
-        if self.model and fingerprint and self.model.fingerprint != fingerprint:  # everything else would follow from it
-            absent = sum(name not in known and name not in blocks for name in self.layers)
-            raise PlanError(
-                f'plan: it was made for "{self.model.name}" ({self.model.fingerprint[:15]}…); this model has other parameters'
-                f" ({fingerprint[:15]}…), and {absent} of the plan's {len(self.layers)} entries are not in it."
-                " Make a plan for this model, or remove the plan's model entry."
-            )
+        if fingerprint:
+            self.check_model(fingerprint, {*known, *blocks})
         problems = []
         for number, (name, treatments) in enumerate(self.layers.items(), start=1):
             problems += entry_problems(number, name, treatments, self.layers, known, blocks, attentions)
@@ -175,6 +170,16 @@ class Plan(Record):
             problems += self._budget_problems(list(known.values()))
         if problems:
             raise PlanError(problems)
+
+    def check_model(self, fingerprint: str, names: Collection[str]) -> None:
+        """Raise PlanError if the plan says that it was made for a model of other parameters. names: what this one has that entries name."""
+        if self.model and self.model.fingerprint != fingerprint:  # everything else would follow from it
+            absent = sum(name not in names for name in self.layers)
+            raise PlanError(
+                f'plan: it was made for "{self.model.name}" ({self.model.fingerprint[:15]}…); this model has other parameters'
+                f" ({fingerprint[:15]}…), and {absent} of the plan's {len(self.layers)} entries are not in it."
+                " Make a plan for this model, or remove the plan's model entry."
+            )
 
     def _budget_problems(self, layers: list[Sized]) -> list[str]:
         budget, over = self.budget, []

@@ -1,6 +1,7 @@
 """Pruning and training in turn: targets of stages, one schedule, going on after a kill."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -64,6 +65,23 @@ def test_killed_it_goes_on_to_the_same_bits(tmp_path):
     again = MODELS["llama"]()
     run(tmp_path / "part", again)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_the_code_starts_its_schedule_anew_in_every_stage(tmp_path, monkeypatch, reference):
+    given, plan = [], AdaptPruner.plan
+
+    def told(method, *parts, schedule=None, **more):
+        given.append(schedule)
+        return plan(method, *parts, schedule=schedule, **more)
+
+    monkeypatch.setattr(AdaptPruner, "plan", told)
+    model = MODELS["llama"]()
+    method, data = dataclasses.replace(METHOD, parameters=0.9, reference=reference), batches(model, 3)
+    recovery = Recovery(steps=2, looks=1)
+    adapt_accel(model, method, data, data, data, recovery=recovery, stages=2, work=tmp_path)
+    assert len(given) == 2
+    assert all((one is None) == reference for one in given)
 
 
 def test_bad_requests(tmp_path):

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from layerwise.allocate.units import Sized, lowest_first, meet, parameters_of
-from layerwise.errors import BudgetError, ConfigError, DataError, ModelError
+from layerwise.errors import BudgetError, ConfigError, DataError, ModelError, PlanError
 from layerwise.methods import METHODS, AdaptPruner, method_from
-from layerwise.methods.flap import above_threshold, standard
+from layerwise.methods.flap import above_threshold, code_cost, standard, strictly_above
 from layerwise.methods.widths import Widths
 from layerwise.plan import Plan
 from layerwise.shrink import apply, kept_by
-from layerwise.structure import coupled_groups, numbers_of
+from layerwise.structure import coupled_groups, numbers_of, structure_of
 from layerwise.tasks.batches import Batches
 from models import MODELS, inputs_for, small_llama
 
@@ -64,6 +64,7 @@ def test_the_budget_is_met_to_less_than_a_unit_and_the_plan_applies(name, model_
     target = int(total * 0.75)
     assert left <= target < left + smallest
     assert plan.budget.parameters == target
+    assert plan.model.fingerprint == structure_of(model).fingerprint
     without = plan.model_copy(update={"method": {**plan.method, "compensate": False}})
     applied = apply(model, without)
     assert applied.after == left == sum(one.numel() for one in model.parameters())
@@ -102,6 +103,51 @@ def test_floors_and_multiples(name):
     kept = [entry.resize.channels for entry in plan.layers.values() if entry.resize.channels is not None]
     assert kept
     assert all(one >= 24 and one % 8 == 0 for one in kept)
+
+
+def test_multiples_hold_together_with_those_of_fused_experts():
+    model = MODELS["mixtral"]()
+    data = data_for("mixtral", model)
+    plan = made("magnitude-width", 0.6, multiple_of=12).plan(model, data)
+    kept = [entry.resize.channels for entry in plan.layers.values() if entry.resize.channels is not None]
+    assert kept
+    assert all(one % 24 == 0 for one in kept)
+    apply(model, plan)
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_excluded_layers_leave_their_group_whole(name):
+    model = MODELS["llama"]()
+    structure = structure_of(model, exclude=["model.layers.0.mlp.up_proj"])
+    plan = made(name, 0.85).plan(model, data_for("llama", model), structure=structure)
+    assert plan.layers
+    assert "model.layers.0.mlp" not in plan.layers
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_adapt_pruner_ends_where_its_most_important_block_would_never_move(monkeypatch, reference):
+    """Amplitude = step, as in the scripts: of two blocks the important one gains 0.1 - 0.1 * 1 a step."""
+    taken, step = [], AdaptPruner._step
+
+    def counted(*given):
+        taken.append(1)
+        assert len(taken) < 100
+        return step(*given)
+
+    monkeypatch.setattr(AdaptPruner, "_step", counted)
+    model = MODELS["llama"]()
+    total = sum(one.numel() for one in model.parameters())
+    for amplitude in (0.1, 0.15):
+        method = AdaptPruner(parameters=0.45, step=0.1, amplitude=amplitude, reference=reference)
+        plan = method.plan(model, data_for("llama", model))
+        assert apply(MODELS["llama"](), plan).after <= 0.45 * total
+
+
+def test_blocks_that_cannot_give_so_much_are_said_in_the_budget_s_own_unit():
+    model = MODELS["llama"]()
+    method = method_from("llm-pruner", parameters=0.5, budget="macs", first_whole=0.5)
+    with pytest.raises(BudgetError, match="multiply-adds"):
+        method.plan(model, data_for("llama", model))
 
 
 def test_llm_pruner_s_counts_on_its_own_models():
@@ -151,6 +197,32 @@ def test_flap_s_threshold_over_the_model():
     assert standard(torch.full((4, 2), 3.0)).tolist() == [0, 0, 0, 0]
 
 
+def test_flap_s_threshold_in_the_code():
+    """Check 6, strict: the threshold's own unit goes; 66.7 % and 33.3 % of the cost stay."""
+    scores = {"heads": torch.tensor([0.9, -0.4, 0.3]), "channels": torch.tensor([1.5, 0.2, -0.1, -0.8, 0.6, -1.2])}
+    costs = {"heads": 8 / 3, "channels": 1.0}
+    assert strictly_above(scores, costs, 0.8) == {"heads": 2, "channels": 4}
+    assert strictly_above(scores, costs, 0.5) == {"heads": 1, "channels": 2}
+
+
+def test_flap_as_its_code_has_it():
+    """Never more than is asked for but for what a group keeps at least; a head of h = 8 under one query head costs 4 h / 3."""
+    model = MODELS["llama"]()
+    data = data_for("llama", model)
+    total = sum(one.numel() for one in model.parameters())
+    plan, ours = (made("flap", 0.8, reference=reference).plan(model, data) for reference in (True, False))
+    assert plan.layers != ours.layers
+    assert plan.method["reference"] is True
+    left = apply(MODELS["llama"](), plan.model_copy(update={"method": {}})).after
+    assert left <= 0.8 * total
+    one = Batches(({"input_ids": data[0]["input_ids"][:1]},), {})
+    with pytest.raises(DataError, match="second sequence"):
+        made("flap", 0.8, reference=True).plan(model, one)
+    made("flap", 0.8).plan(model, one)
+    group = next(one for one in coupled_groups(MODELS["gpt2"]()).groups if one.kind == "heads")
+    assert code_cost(group) == pytest.approx(4 * 8 / 3)
+
+
 def test_shortgpt_drops_what_changes_least():
     short = MODELS["llama"]()
     model = type(short)(LlamaConfig.from_dict({**short.config.to_dict(), "num_hidden_layers": 5}))
@@ -160,6 +232,9 @@ def test_shortgpt_drops_what_changes_least():
     lowest = sorted(plan.scores, key=plan.scores.__getitem__)[:2]
     assert {*gone} == {*lowest}
     apply(model, plan)
+    assert model.config.num_hidden_layers == 3
+    with pytest.raises(PlanError, match="this model has other parameters"):
+        apply(model, plan)  # blocks count anew: others would go
     assert model.config.num_hidden_layers == 3
     with pytest.raises(BudgetError, match="with one block"):
         method_from("shortgpt", parameters=0.01).plan(MODELS["llama"](), data_for("llama", MODELS["llama"]()))

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from layerwise.engine import compress
@@ -223,6 +224,67 @@ def test_masks_that_are_given_hold_where_a_kept_weight_is_zero(tmp_path):
     assert torch.equal(again.get_submodule(name).keep, keep[f"{name}.weight"])
     merge_adapter(again)
     assert float(again.get_submodule(name).weight[row, column]) != 0
+
+
+def test_shira_merges_into_kept_weights_that_are_zero():
+    """An entry that the mask keeps may be zero in the base; what is trained there is in the merged weight."""
+    model = pruned()
+    name = "model.layers.0.mlp.up_proj"
+    weight = model.get_submodule(name).weight
+    keep = {name: weight.detach() != 0}
+    with torch.no_grad():
+        weight.zero_()
+    add_adapter(model, "shira", rank=2, keep=keep)
+    with torch.no_grad():
+        model.get_submodule(name).shira_weight["default"].fill_(0.5)
+    batch = batches(model)[0]
+    tuned = logits(model, batch)
+    merge_adapter(model)
+    torch.testing.assert_close(logits(model, batch), tuned, rtol=1e-4, atol=1e-5)
+    merged = model.get_submodule(name).weight.detach()
+    assert int((merged != 0).sum()) == 2 * sum(merged.shape)
+    assert not merged[~keep[name]].any()
+
+
+def test_settings_that_do_not_fit_the_files_are_damage_and_leave_the_model_alone(tmp_path):
+    model = pruned()
+    base, batch = copy.deepcopy(model), batches(model)[0]
+    names = [name for name, _ in base.named_parameters()]
+    add_adapter(model, "hira", rank=2)
+    save_adapter(model, tmp_path / "a")
+    file = tmp_path / "a" / "layerwise_adapter.json"
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps({**facts, "rank": 3}))
+    before = logits(base, batch)
+    with pytest.raises(ModelError, match=r"damaged: .* in the files"):
+        load_adapter(base, tmp_path / "a")
+    assert [name for name, one in base.named_parameters() if one.requires_grad] == names
+    assert torch.equal(logits(base, batch), before)
+    file.write_text(json.dumps(facts))
+    load_adapter(base, tmp_path / "a")
+
+
+def test_a_model_with_an_adapter_is_not_saved_as_one_without(tmp_path):
+    model = pruned()
+    add_adapter(model, "hira", rank=2)
+    with pytest.raises(ModelError, match="merge it first"):
+        save(model, tmp_path / "out", verify=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_transformers_loaded_quantized_is_sent_to_our_own_loader(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    tiny_llama(tmp_path / "dense")
+    model = load(tmp_path / "dense", dtype="float32")
+    plan = Plan(layers={one.name: Quantize(bits=4, group=None) for one in structure_of(model)})
+    result = compress(model, plan, solver=RoundToNearest())
+    save(model, tmp_path / "q", plan=plan, codes=result.codes, dense=tmp_path / "dense", verify=False)
+    ours = add_adapter(load(tmp_path / "q"), "hira", rank=2)
+    save_adapter(ours, tmp_path / "adapter")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    for wrong in (lambda: add_adapter(theirs, "hira", rank=2), lambda: load_adapter(theirs, tmp_path / "adapter")):
+        with pytest.raises(ModelError, match=r"layerwise\.load"):
+            wrong()
 
 
 def test_recovery_trains_the_adapter_alone_and_resumes(tmp_path):

@@ -240,6 +240,36 @@ def test_dense_propagation_has_its_targets_already():
     assert all(one.after < one.before for one in result.tuned)
 
 
+@pytest.mark.parametrize("earlier", ["pruned", "coded"])
+def test_what_an_earlier_run_compressed_stays_so(earlier):
+    """Attention first, then the MLPs, tuned: zeros of the first are not filled, codes of the first not left."""
+    model, structure, data = setup()
+    with torch.no_grad():
+        for one in structure:
+            parameter_of(model, one).mul_(4)  # so that there is something to be gained
+    first, second = ([one for one in structure if part in one.name] for part in ("self_attn", "mlp"))
+    if earlier == "pruned":
+        compress(model, pruned(first), solver=Magnitude())
+    else:
+        compress(model, coded(first), solver=RoundToNearest())
+    before = {one.name: parameter_of(model, one).detach().clone() for one in first}
+    gentle = dataclasses.replace(BRISK, lr=1e-4)
+    result = compress(model, pruned(second), solver=Wanda(), data=data, tuner=gentle)
+    assert all(one.after < one.before for one in result.tuned)
+    for one in first:
+        found = parameter_of(model, one)
+        assert torch.equal(found != 0, before[one.name] != 0)
+        assert torch.equal(found, before[one.name]) == (earlier == "coded")
+
+
+def test_a_batch_is_left_to_tune_on():
+    model, structure, data = setup(count=2)
+    result = compress(
+        model, pruned(structure), solver=Wanda(), data=data, tuner=dataclasses.replace(BRISK, held_out=0.9)
+    )
+    assert all(one.steps > 0 for one in result.tuned)
+
+
 def test_steps_that_only_harm_leave_the_solver_s_weights():
     model, structure, data = setup()
     plain = setup()[0]

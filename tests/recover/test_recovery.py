@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from layerwise.errors import ConfigError, DataError, TrainError
 from layerwise.recover import Distillation, Masks, Recovery, masks_of
+from layerwise.recover.rates import cosine
 from layerwise.recover.recovery import RUN, clear
-from layerwise.recover.stock import LossTrainer, _with_labels
+from layerwise.recover.stock import LossTrainer, Stock, _with_labels
 from models import MODELS, inputs_for, small_llama
 
 transformers = pytest.importorskip("transformers")
@@ -136,6 +138,20 @@ def test_it_ends_when_nothing_is_gained_and_gives_back_what_it_got(tmp_path):
     assert found.after <= found.before
     if found.best == 0:
         assert same(before, weights(model))
+
+
+def test_every_step_has_the_rate_of_its_own_place(tmp_path):
+    """Warm-up to the middle, cosine from there; a stage of a longer run warms up at the pace of the whole."""
+    rates = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    try:
+        run(sparse(), tmp_path, warm=0.5, lr=1e-3)
+    finally:
+        hook.remove()
+    warm = [1 / 3, 2 / 3, 1.0]
+    assert rates == pytest.approx([1e-3 * one for one in [*warm, *(cosine(step / 6, 0.5) for step in (3, 4, 5))]])
+    part = Recovery(steps=10, begin=0.0, end=0.005)  # of 2000, 100 of which warm up
+    assert Stock(part, sparse(), [], None, None, None, tmp_path, None).factor(0) == pytest.approx(1 / 100)
 
 
 def test_minutes_end_a_run(tmp_path):

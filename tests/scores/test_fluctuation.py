@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from layerwise.errors import ScoreError
-from layerwise.scores.fluctuation import Moments, fluctuations, moments, running
+from layerwise.scores.fluctuation import Moments, Running, fluctuations, moments, running
 from layerwise.structure import coupled_groups
 from models import MODELS, inputs_for
 
@@ -12,15 +12,16 @@ SEQUENCES = [torch.tensor([[1.0], [3]]), torch.tensor([[2.0], [6]]), torch.tenso
 
 
 def test_the_official_running_statistic():
-    mean, found = running(SEQUENCES)
-    assert float(mean) == pytest.approx(2.666667, abs=1e-6)
-    assert float(found) == pytest.approx(5.462963, abs=1e-6)
+    one = Running.of(1)
+    one.meet(SEQUENCES)
+    assert float(one.mean) == pytest.approx(2.666667, abs=1e-6)
+    assert float(one.variance) == pytest.approx(5.462963, abs=1e-6)
+    assert float(one.power) == pytest.approx((1 + 9 + 4 + 36 + 0 + 16) / 3)
 
 
 def test_exact_moments():
-    one = Moments(torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
-    for rows in SEQUENCES:
-        one.add(rows)
+    one = Moments.of(1)
+    one.meet(SEQUENCES)
     assert float(one.mean) == pytest.approx(2.666667, abs=1e-6)
     assert float(one.variance) == pytest.approx(3.888889, abs=1e-6)
 
@@ -30,7 +31,7 @@ def test_removing_with_the_mean_in_its_place_costs_the_variance():
     draw = torch.Generator().manual_seed(0)
     z = torch.randn(500, 4, generator=draw, dtype=torch.float64) + torch.tensor([0.0, 3, -1, 2], dtype=torch.float64)
     weight = torch.randn(3, 4, generator=draw, dtype=torch.float64)
-    one = Moments(torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64))
+    one = Moments.of(4)
     one.add(z)
     for gone in range(4):
         lost = z[:, gone : gone + 1] @ weight[:, gone : gone + 1].T
@@ -66,14 +67,46 @@ def test_inputs_of_the_readers_are_what_is_measured(name):
         assert all(scores[one.name].shape[0] == one.units and (scores[one.name] >= 0).all() for one in groups)
 
 
-def test_padding_does_not_count():
-    model = MODELS["llama"]().eval()
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_padding_does_not_count(name):
+    model = MODELS[name]().eval()
     groups = coupled_groups(model).groups
     ids = torch.randint(4, 60, (2, 8), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
-    found = moments(model, [{"input_ids": ids, "attention_mask": mask}], groups)
-    assert {one.count for one in found.values()} == {13}
+    for kind in (moments, running):
+        found = kind(model, [{"input_ids": ids, "attention_mask": mask}], groups)
+        assert {one.count for one in found.values()} == {13}
+
+
+def test_encoder_and_decoder_have_padding_of_their_own():
+    """Of the same length here, so that one mask would fit the other's tokens."""
+    model = MODELS["t5"]().eval()
+    groups = [group for group in coupled_groups(model).groups if group.kind == "channels"]
+    ids = torch.randint(4, 60, (2, 8), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids.flip(1)}
+    batch["attention_mask"][1, 5:] = 0
+    counts = []
+    for decoder in (None, 2):
+        more = {}
+        if decoder is not None:
+            more["decoder_attention_mask"] = torch.ones_like(ids)
+            more["decoder_attention_mask"][:, -decoder:] = 0
+        found = moments(model, [{**batch, **more}], groups)
+        counts.append({name.split(".")[0]: one.count for name, one in found.items()})
+    assert counts == [{"encoder": 13, "decoder": 16}, {"encoder": 13, "decoder": 12}]
+
+
+def test_running_takes_sequence_by_sequence():
+    """Two sequences in a batch are as in two batches."""
+    model = MODELS["llama"]().eval()
+    groups = coupled_groups(model).groups
+    ids = torch.randint(4, 60, (2, 8), generator=torch.Generator().manual_seed(0))
+    together = running(model, [{"input_ids": ids}], groups)
+    apart = running(model, [{"input_ids": one} for one in ids.split(1)], groups)
+    for name, one in together.items():
+        assert one.sequences == apart[name].sequences == 2
+        torch.testing.assert_close(one.variance, apart[name].variance, rtol=1e-5, atol=1e-9)
 
 
 def test_fused_experts_are_refused():

@@ -12,7 +12,7 @@ from models import MODELS, small_llama
 from shrinking import drawn
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "phi3", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "phi3", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("kind", ["parameters", "bytes", "macs"])
 def test_what_is_cut_is_what_it_cost(name, kind):
     model = MODELS[name]().bfloat16()
@@ -40,6 +40,19 @@ def test_multiply_adds_worked_by_hand():
     for tied in (False, True):
         model = small_llama(**own, tie_word_embeddings=tied)
         assert costs_of(model, coupled_groups(model).groups, "macs").total == blocks + 50 * 32
+
+
+def test_a_token_multiplies_with_the_experts_that_it_goes_to():
+    """2 of 4, in each of two blocks, beside attention and router."""
+    model = MODELS["mixtral"]()
+    each = 2 * 32 * 32 + 2 * 16 * 32 + 4 * 32 + 2 * 3 * 64 * 32
+    groups = coupled_groups(model).groups
+    found = costs_of(model, groups, "macs")
+    assert found.total == 2 * each + 96 * 32
+    assert {found.units[group.name] for group in groups if group.kind == "channels"} == {2 * 3 * 32}
+    model.config = None
+    with pytest.raises(ScoreError, match="how many experts"):
+        costs_of(model, groups, "macs")
 
 
 def test_time_is_a_table_of_distinct_shapes():

@@ -4,15 +4,16 @@ import copy
 
 import pytest
 import torch
+import transformers
 
-from layerwise.errors import DataError, PlanError
+from layerwise.errors import ConfigError, DataError, PlanError
 from layerwise.io import load, save
 from layerwise.plan import Plan, Prune, Resize, Treatments
 from layerwise.scores.units import magnitudes
 from layerwise.shrink import apply, shrink
 from layerwise.structure import coupled_groups
 from layerwise.tasks.batches import Batches
-from models import MODELS, inputs_for
+from models import DECODER, MODELS, inputs_for
 
 MLP, ATTENTION = "model.layers.0.mlp", "model.layers.0.self_attn"
 
@@ -114,3 +115,39 @@ def test_what_does_not_fit_is_listed_before_anything_is_cut():
     ):
         assert said in text
     assert [one.shape for one in model.parameters()] == shapes
+
+
+def test_blocks_that_cannot_go_are_found_before_anything_is_cut():
+    model = MODELS["llama"]()
+    before = {name: one.shape for name, one in model.named_parameters()}
+    plan = Plan(
+        layers={MLP: Resize(channels=8), ATTENTION: Resize(heads=2, kv_heads=1)}
+        | {"model.layers.1": Treatments(drop=True)}
+    )
+    two = plan.model_copy(update={"layers": {f"model.layers.{i}": Treatments(drop=True) for i in range(2)}})
+    both = two.model_copy(update={"layers": {**two.layers, MLP: Treatments(resize=Resize(channels=8))}})
+    for wrong in (two, both):
+        with pytest.raises(ConfigError, match="Keep at least one"):
+            apply(model, wrong)
+        assert {name: one.shape for name, one in model.named_parameters()} == before
+    apply(model, plan)
+    assert model.config.num_hidden_layers == 1
+
+
+def test_channels_of_experts_that_cannot_run_are_a_problem_of_the_plan():
+    model = MODELS["mixtral"]()
+    with pytest.raises(PlanError, match="multiples of 8"):
+        apply(model, Plan(layers={"model.layers.0.mlp.experts": Resize(channels=12)}))
+
+
+def test_a_flag_that_means_other_linears_gives_no_bias():
+    """GLM's attention_bias is of queries, keys and values: its class would build no place for the means of o."""
+    config = transformers.GlmConfig(**DECODER, head_dim=8, attention_bias=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.GlmForCausalLM(config).eval()
+    plan = Plan(layers={ATTENTION: Resize(heads=2, kv_heads=1)}, method={"compensate": True})
+    applied = apply(model, plan, data(model))
+    assert "left without" in applied.notes[0]
+    assert model.config.attention_bias is False
+    assert not any("bias" in name for name, _ in model.named_parameters())

@@ -127,6 +127,22 @@ def test_units_that_are_not_there_are_refused_before_anything_is_cut(keep, said)
     assert [parameter.shape for parameter in model.parameters()] == shapes
 
 
+def test_a_weight_that_two_mlps_share_stays_whole_a_shared_mlp_does_not():
+    """Cut for one of them the other would keep it whole, as a copy; a module in two places is one."""
+    model = small_llama(num_hidden_layers=3)
+    first, second, third = (layer.mlp for layer in model.model.layers)
+    second.up_proj.weight = first.up_proj.weight
+    model.model.layers[2].mlp = second
+    coupling = coupled_groups(model)
+    assert not [group.name for group in coupling.groups if group.kind == "channels"]
+    assert "is the weight of other layers, too" in dict(coupling.left)["model.layers.0.mlp"]
+    model.model.layers[1].mlp = model.model.layers[2].mlp = third
+    names = [group.name for group in coupled_groups(model).groups if group.kind == "channels"]
+    assert names == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    shrink(model, {"model.layers.1.mlp": range(8)})
+    assert model.model.layers[2].mlp.up_proj.weight.shape[0] == 8
+
+
 def test_attentions_of_unknown_form_are_named_with_the_reason():
     model = MODELS["bloom"]()
     coupling = coupled_groups(model)

@@ -68,6 +68,20 @@ def test_it_is_the_model_whose_blocks_pass_their_input_on(name, tmp_path):
     assert same(type(model).from_pretrained(tmp_path / "out"), model)
 
 
+def test_one_stack_that_cannot_is_found_before_the_other_loses_anything():
+    """Whisper's encoder could; all of its decoder cannot."""
+    model = LONG["whisper"]()
+    encoder, decoder = structure_of(model).stacks
+    names = [encoder.blocks[1].name, *(block.name for block in decoder.blocks)]
+    with pytest.raises(ConfigError, match="Keep at least one"):
+        drop_blocks(model, names)
+    assert len(model.model.encoder.layers) == model.config.encoder_layers == 4
+    drop_blocks(model, names[:3])  # of both
+    assert len(model.model.encoder.layers) == model.config.encoder_layers == 3
+    assert len(model.model.decoder.layers) == model.config.decoder_layers == 1
+    assert all(one.isfinite().all() for one in outputs(model, inputs_for("whisper", model, seed=0)))
+
+
 def test_lists_of_the_config_and_cache_indices_are_rewritten():
     model = LONG["gemma3"]()
     drop_blocks(model, ["model.layers.1", "model.layers.2"])

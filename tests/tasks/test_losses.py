@@ -40,6 +40,16 @@ def test_padding_is_not_predicted():
     assert not torch.allclose(loss_of(model, {"input_ids": padded}), loss_of(model, {"input_ids": ids}), atol=1e-3)
 
 
+def test_padding_on_the_left_predicts_nothing():
+    """The first real token comes after padding: what is said there is no prediction of it."""
+    model = MODELS["llama"]()
+    model.model.embed_tokens.weight[0] = 1.0  # as a token that was trained
+    ids = inputs_for("llama", model, batch=1)["input_ids"]
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
+    batch = {"input_ids": padded, "attention_mask": (padded != 0).long()}
+    assert torch.allclose(loss_of(model, batch), loss_of(model, {"input_ids": ids}), atol=1e-5)
+
+
 def test_labels_that_are_given_are_used():
     model = MODELS["llama"]()
     batch = inputs_for("llama", model)

@@ -117,14 +117,18 @@ def save(
     factors of the weight that it has now, stored in its place; such a folder loads with `load` alone. So does that of a model with
     `ArmorLinear`s. mode: "remote-code" puts a modelling file beside widths of each layer, so that they load without layerwise
     (`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`), with `layerwise.load` as before.
-    Raises ModelError for a streamed model (`save_whole_streamed`), ConfigError for a model that there is no modelling file for or that
-    needs none, OutputError before anything is written (exists, no room, cannot be written), PlanError if `target` cannot run the
-    codes' schemes, MissingExtra if they cannot be loaded back; SaveError if writing fails or the folder does not load back to the
-    same model: then no folder appears.
+    Raises ModelError for a streamed model (`save_whole_streamed`) or one with an adapter, ConfigError for a model that there is no
+    modelling file for or that needs none, OutputError before anything is written (exists, no room, cannot be written), PlanError if
+    `target` cannot run the codes' schemes, MissingExtra if they cannot be loaded back; SaveError if writing fails or the folder does not
+    load back to the same model: then no folder appears.
     """
     if store_of(model) is not None:
         raise ModelError(
             "the model is streamed: save it by layerwise.io.save_whole_streamed(model, folder, dense=...)."
+        )
+    if getattr(model, "layerwise_adapter", None) is not None:
+        raise ModelError(
+            "the model has an adapter: merge it first (layerwise.recover.merge_adapter), or save that alone (save_adapter)."
         )
     if mode not in get_args(Mode):
         raise ConfigError(f'save: mode="{mode}": give {" or ".join(get_args(Mode))}.')

@@ -1,8 +1,9 @@
 """Adapt-Accel: pruning and training in turn, under one learning-rate schedule (Pan et al. 2025, arXiv:2502.03460).
 
 Each stage prunes to the next target (`AdaptPruner`) and trains what is left on its slice of the data. Departures from the official code:
-shares of heads and channels are of the sizes at the very start, in all stages (restarting them leaves attention whole), and a stage is
-judged by held-out data and left in its best state. A run that was killed goes on from the last checkpoint of its stage.
+shares of heads and channels are of the sizes at the very start, in all stages (restarting them, as `method.reference` does, leaves
+attention whole), and a stage is judged by held-out data and left in its best state. A run that was killed goes on from the last
+checkpoint of its stage.
 """
 
 from collections.abc import Callable, Sequence
@@ -83,7 +84,8 @@ def adapt_accel(
     for stage, (parameters, size) in enumerate(
         zip(stage_targets(widths.total, widths.target, stages), sizes, strict=True)
     ):
-        plan = replace(method, parameters=parameters).plan(model, calibration, schedule=schedule)
+        goes_on = None if method.reference else schedule  # the code starts anew in every stage
+        plan = replace(method, parameters=parameters).plan(model, calibration, schedule=goes_on)
         left = kept_by(model, plan, coupled_groups(model))
         kept = {name: [units[place] for place in left.get(name, range(len(units)))] for name, units in kept.items()}
         apply(model, plan)

@@ -3,9 +3,10 @@
 
 Before every step the model, as pruned so far, is looked at anew: the cosine of each block's input and output sets its share of the
 step, the first-order Taylor score which units go. Needs text and gradients. Departures from the official code: query heads are credited
-to the key head that they are cut with, products and cosines are in float32, blocks that are all alike lose evenly, the last step goes
-only as far as the target asks, single channels come back where they fit, and shares of heads are added up over the blocks before they
-are rounded, so that attention loses its part. `reference` follows the code instead.
+to the key head that they are cut with, products and cosines are in float32, blocks that are all alike lose evenly, and so do those that
+are left when the others have nothing more to lose (there the schedule stands still for ever), the last step goes only as far as the
+target asks, single channels come back where they fit, and shares of heads are added up over the blocks before they are rounded, so that
+attention loses its part. `reference` follows the code instead, in the credit, the last step and the heads.
 """
 
 import copy
@@ -30,6 +31,7 @@ from .base import needed
 from .widths import Widths, check_share, widths_plan
 
 _FINEST = 40  # halvings of the last step
+_STALLED = 0.1  # of a step: so little on average says that what moves has nothing left (at amplitude = step one block never moves)
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,13 @@ class AdaptPruner:
     ) -> tuple[dict[str, list[int]], dict[str, float]]:
         """Group -> places, among the units that are left, that stay after one more step; updates the schedule. And importances."""
         structure, sparsities = structure_of(pruned), schedule.sparsities
-        groups = coupled_groups(pruned, structure).groups
+        groups = [group for group in coupled_groups(pruned, structure).groups if group.name in kept]
         scores = unit_taylor(pruned, data, groups, structure, modulo=self.reference)
         turns = block_influence(pruned, data, structure)
         importances = scaled_importance({name: turns[name] for name in sparsities}, self.scale)
         after = next_sparsities(sparsities, importances, self.step, self.amplitude)
+        if sum(after.values()) - sum(sparsities.values()) < _STALLED * self.step * len(after):
+            after = next_sparsities(sparsities, dict.fromkeys(importances, 0.0), self.step, 0.0)
         counts, share = self._counts(widths, kept, schedule, after)
         schedule.sparsities = _between(sparsities, after, share)
         if all(counts[name] == len(units) for name, units in kept.items()) and all(s >= 0.99 for s in after.values()):

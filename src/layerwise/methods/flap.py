@@ -3,21 +3,23 @@
 
 Needs text, no gradients. Departures: mean and variance are exact over all tokens (the code's running statistic aliases its mean); the
 budget is of the whole model's parameters, a unit costing what it takes along (the code fixes 512/3 for a head); a score that is constant
-over a layer gives zeros, not NaN; the threshold's own unit is kept; no layer loses all its heads.
+over a layer gives zeros, not NaN; the threshold's own unit is kept; no layer loses all its heads. `reference` brings back the statistic,
+the costs and the threshold: units are then fewer than asked for. Biases are the exact means all the same, added to what is there.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from ..allocate.units import fill, parameters_of
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..plan import Plan
-from ..scores.fluctuation import KINDS, fluctuations, moments
-from ..structure import Structure
-from ..tasks.batches import Batches
+from ..scores.fluctuation import KINDS, fluctuations, moments, running
+from ..structure import Group, Structure
+from ..tasks.batches import Batches, count_samples
 from .base import needed
 from .widths import Widths, check_share, lowest_go, widths_plan
 
@@ -33,6 +35,7 @@ class FLAP:
     parameters: float = 0.8  # share of the model's parameters that is kept, or their number
     score: str = "wifv"  # wifv, ifv, wifn
     square_heads: bool = True  # as the official code does for attentions alone
+    reference: bool = False  # the official running statistic, fixed costs, and a threshold that drops its own unit
     compensate: bool = True  # the mean of what is removed becomes a bias, when the plan is applied
     min_heads: int = 1
     min_channels: int = 1
@@ -51,10 +54,15 @@ class FLAP:
             "FLAP", model, structure, self.parameters,
             min_heads=self.min_heads, min_channels=self.min_channels, multiple_of=self.multiple_of, budget=self.budget, rows=self.rows,
         )  # fmt: skip
-        seen = moments(model, needed("FLAP", data), widths.groups)
+        batches = needed("FLAP", data)
+        if self.reference and count_samples(batches) < 2:
+            raise DataError(
+                "FLAP(reference=True) counts from the second sequence on, and there is one. Give more samples."
+            )
+        seen = (running if self.reference else moments)(model, batches, widths.groups)
         found = fluctuations(model, widths.groups, seen, self.score, square_heads=self.square_heads)
         scores = {name: standard(one) for name, one in found.items()}
-        counts = above_threshold(scores, widths)
+        counts = _by_the_code(scores, widths) if self.reference else above_threshold(scores, widths)
         return widths_plan(self, widths, lowest_go(scores, counts), {n: float(one.mean()) for n, one in found.items()})
 
 
@@ -82,3 +90,25 @@ def above_threshold(scores: Mapping[str, Tensor], widths: Widths) -> dict[str, i
     found = counts(low)
     above = counts(low - 1) if low else found
     return fill(widths.total, widths.sized, widths.target, found, above)
+
+
+def strictly_above(scores: Mapping[str, Tensor], costs: Mapping[str, float], share: float) -> dict[str, int]:
+    """The code's threshold: the score where the costs of all units, from the highest score down, are nearest to `share` of all. Units of
+    each group above it, itself not among them."""
+    pooled = sorted(((value, costs[name]) for name, one in scores.items() for value in one.tolist()), reverse=True)
+    spent = list(accumulate(cost for _, cost in pooled))
+    place = min(range(len(pooled)), key=lambda at: abs(spent[at] - share * spent[-1]))
+    return {name: int((one > pooled[place][0]).sum()) for name, one in scores.items()}
+
+
+def code_cost(group: Group) -> float:
+    """What a unit costs in the code: a channel 1, a head 4 h / 3, of a layer of three matrices against one of four."""
+    return 1.0 if group.kind == "channels" else 2 * group.head_dim * (1 + group.queries) / 3
+
+
+def _by_the_code(scores: Mapping[str, Tensor], widths: Widths) -> dict[str, int]:
+    """As many units as the code keeps, but at least one of each group. Its ratio is of what can be cut, the target of the whole model."""
+    all_units = sum(one.units * one.cost for one in widths.sized.values())
+    share = 1 - (widths.total - widths.target) / all_units
+    found = strictly_above(scores, {group.name: code_cost(group) for group in widths.groups}, share)
+    return {name: widths.sized[name].allowed(count) for name, count in found.items()}

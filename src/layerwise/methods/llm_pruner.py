@@ -60,7 +60,8 @@ class LLMPruner:
         names = [block.name for block in widths.structure.blocks]
         between = {*names[round(self.first_whole * len(names)) : len(names) - round(self.last_whole * len(names))]}
         eligible = [group.name for group in widths.groups if group.block in between]
-        check_target(widths.target, widths.total, {name: widths.sized[name] for name in eligible}, "LLMPruner")
+        sized, costs = {name: widths.sized[name] for name in eligible}, widths.costs
+        check_target(widths.target, widths.total, sized, "LLMPruner", costs.unit, costs.words)
         scores = unit_taylor(
             model, needed("LLMPruner", data), widths.groups, widths.structure, form=self.form, modulo=self.reference
         )

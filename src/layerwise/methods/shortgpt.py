@@ -13,7 +13,7 @@ from ..plan import Budget, Plan, Treatments
 from ..scores import block_influence
 from ..structure import Structure
 from ..tasks.batches import Batches
-from .assemble import found
+from .assemble import facts_of, found
 from .base import needed
 from .widths import check_share
 
@@ -55,4 +55,5 @@ class ShortGPT:
         said = f"{left:,} of {total:,} parameters stay ({left / total:.2%}) without {len(gone)} of {len(order)} blocks."
         layers = {name: Treatments(drop=True) for name in scores if name in {*gone}}
         budget = Budget() if self.blocks else Budget(parameters=target)
-        return Plan(method=self, budget=budget, layers=layers, scores=scores, notes=(said,))
+        facts = facts_of(model, structure)
+        return Plan(model=facts, method=self, budget=budget, layers=layers, scores=scores, notes=(said,))

@@ -1,6 +1,7 @@
 """What methods for width share: groups and their costs, the target, and a plan of the units that stay."""
 
 from collections.abc import Mapping, Sequence
+from math import lcm
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from ..plan import Budget, Plan, Resize, Treatments
 from ..scores.unit_costs import costs_of
 from ..structure import Coupling, Group, Structure, coupled_groups, structure_of
 from ..treatments import kept_text
+from .assemble import facts_of
 
 __all__ = ["Widths", "check_share", "widths_plan"]
 
@@ -44,6 +46,7 @@ class Widths:
             raise ConfigError(f"{owner}: min_heads, min_channels and multiple_of are at least 1.")
         check_share(owner, parameters)
         self.owner, self.structure = owner, structure or structure_of(model)
+        self.facts = facts_of(model, self.structure)
         self.coupling: Coupling = coupled_groups(model, self.structure)
         if not self.coupling.groups:
             reasons = "; ".join(sorted({reason for _, reason in self.coupling.left})) or "it has no blocks"
@@ -56,7 +59,7 @@ class Widths:
                 group.units,
                 self.costs.units[group.name],
                 min(group.units, min_heads if group.kind == "heads" else min_channels),
-                max(group.multiple, multiple_of) if group.kind == "channels" else 1,
+                lcm(group.multiple, multiple_of) if group.kind == "channels" else 1,
             )
             for group in self.groups
         }
@@ -103,9 +106,11 @@ def widths_plan(
         layers[group.name] = Treatments(resize=Resize(**sizes, kept=which))
     left = parameters_of(widths.total, widths.sized, {name: len(units) for name, units in kept.items()})
     words = widths.costs.words
-    short = "" if widths.budget == "latency" else f", {words(widths.target - left)} fewer than asked for"
+    off = f", {words(abs(widths.target - left))} {'fewer' if left <= widths.target else 'more'} than asked for"
+    short = "" if widths.budget == "latency" else off
     said = [f"{words(left)} of {words(widths.total)} {widths.costs.unit} stay ({left / widths.total:.2%}){short}."]
     return Plan(
+        model=widths.facts,
         method=method,
         budget=_budget(widths),
         layers=layers,

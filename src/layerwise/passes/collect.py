@@ -18,7 +18,7 @@ from ..errors import WalkError
 from ..structure import Layer, module_of, parameter_of
 from .experts import ExpertsWatch, PlainExperts
 from .paused import Arguments, Enough, Pass
-from .rows import geometry_of, input_rows, real_of, real_tokens
+from .rows import geometry_of, input_rows, mask_of, real_of, real_tokens
 from .statistics import Accumulator, InputStatistics, Need
 
 
@@ -107,11 +107,7 @@ class Collector:
         self._batches += 1
         self.calls = {}
         self._seen.clear()
-        # of an encoder-decoder model the decoder's tokens have a mask of their own, and the head sees those; OPT too calls its
-        # only stack a decoder, and a BERT that decodes has an encoder inside
-        sides = (part for part in (one.block or "").split(".") if part.endswith(("encoder", "decoder")))
-        decoder = "decoder_input_ids" in one.batch and next(sides, "decoder").endswith("decoder")
-        self._mask = one.batch.get("decoder_attention_mask" if decoder else "attention_mask")
+        self._mask = mask_of(one.batch, one.block or "")
         if self._watch is not None:
             self._watch.real = real_of(self._mask)
             self._watch.picked = None

@@ -1,5 +1,6 @@
 """The rows that a layer's matrices are multiplied with: its input, flattened to (tokens, columns) for each matrix."""
 
+from collections.abc import Mapping
 from typing import cast
 
 from torch import Tensor, nn
@@ -50,6 +51,17 @@ def _zero_padding(module: nn.modules.conv._ConvNd) -> list[int]:
         return module._reversed_padding_repeated_twice
     sizes = cast(tuple[int, ...], module.padding)
     return [size for one in reversed(sizes) for size in (one, one)]
+
+
+def mask_of(batch: Mapping[str, Tensor], path: str) -> Tensor | None:
+    """The attention mask of the tokens that the module of this path sees.
+
+    Of an encoder-decoder model the decoder's tokens have a mask of their own, and the head sees those; OPT too calls its only stack a
+    decoder, and a BERT that decodes has an encoder inside.
+    """
+    sides = (part for part in path.split(".") if part.endswith(("encoder", "decoder")))
+    decoder = "decoder_input_ids" in batch and next(sides, "decoder").endswith("decoder")
+    return batch.get("decoder_attention_mask" if decoder else "attention_mask")
 
 
 def real_of(mask: Tensor | None) -> Tensor | None:

@@ -28,11 +28,17 @@ from ..errors import ConfigError, MissingExtra, ModelError, OutputError
 from ..randomness import generator_for
 from ..structure import Structure, structure_of
 from ..tasks.undisturbed import random_states
+from .adapter_masks import entries_of, masks_for
+from .quantized import quantized_by_loader
 
 KINDS = ("hira", "shira", "masked-lora")
 FILE, WEIGHTS, KEEP = "layerwise_adapter.json", "adapter_model.safetensors", "keep.safetensors"
 NAME = "default"
 _PREFIX = "base_model.model."  # of the names in PEFT's files
+_BY_LOADER = (
+    "the linears of this {} are those of a loader of quantized weights. Load its folder with layerwise.load, which makes plain linears of"
+    " packed weights (compressed-tensors); on other formats PEFT puts its own adapters."
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def add_adapter(
     if getattr(model, "layerwise_adapter", None) is not None:
         raise ModelError("the model has an adapter already: merge it, or load the model anew.")
     names = _linears(model, structure)
-    masks = _masks(model, names, keep)
+    masks = masks_for(model, names, keep)
     trained = tuple(name for name, one in model.named_parameters() if one.requires_grad)
     alpha = (2.0 * rank if alpha is None else float(alpha)) if kind == "masked-lora" else None
     adapter = Adapter(kind, rank, alpha, dropout, seed, tuple(names), _digest(model), trained)
@@ -109,13 +115,12 @@ def merge_adapter(model: nn.Module) -> nn.Module:
         delta = module.get_delta_weight(NAME)
         delta = (delta.to_dense() if delta.is_sparse else delta).to(wide.dtype)
         merged = wide * (1 + delta) if adapter.kind == "hira" else wide + delta
-        pruned = ~module.keep if adapter.kind == "masked-lora" else old == 0
-        base.weight.data.copy_(merged.masked_fill(pruned, 0))
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, base)
-    for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter_name in adapter.trained)
-    del model.layerwise_adapter, model.peft_config
+        if (
+            adapter.kind != "shira"
+        ):  # its entries are kept ones, which may be zero in the base; beside them it adds nothing
+            merged.masked_fill_(~module.keep if adapter.kind == "masked-lora" else old == 0, 0)
+        base.weight.data.copy_(merged)
+    _take_off(model, adapter)
     return model
 
 
@@ -158,7 +163,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         keep = load_file(source / KEEP) if given.kind == "masked-lora" else None
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{source}: no adapter that layerwise wrote, or a damaged one ({error}).") from error
-    own = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    own = {n for n, module in model.named_modules() if type(module) is nn.Linear and "weight" in module._parameters}
+    if quantized_by_loader(model) and not own.issuperset(given.layers):
+        raise ModelError(_BY_LOADER.format(type(model).__name__))
     if missing := [name for name in given.layers if name not in own]:
         raise ModelError(
             f'{source}: its base has a linear "{missing[0]}", which this model has not: give its own base.'
@@ -170,15 +177,35 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     with_it = add_adapter(
         model, given.kind, given.rank, given.alpha, given.dropout, keep, _only(model, given.layers), given.seed
     )
-    from peft import set_peft_model_state_dict
-
-    found = set_peft_model_state_dict(with_it, state, adapter_name=NAME)
-    lost = [name for name in found.missing_keys if NAME in name.split(".")]
-    if lost or found.unexpected_keys:
-        raise ModelError(
-            f'{source}: damaged: "{[*lost, *found.unexpected_keys][0]}" is in one of files and model alone.'
-        )
+    if damage := _fill(with_it, state):
+        _take_off(with_it, given)
+        raise ModelError(f"{source}: damaged: {damage}.")
     return with_it
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor]) -> str:
+    """Give the adapter these values; what does not fit, in words, else nothing."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    wanted = get_peft_model_state_dict(model, adapter_name=NAME)
+    if odd := sorted(state.keys() ^ wanted.keys()):
+        return f'"{odd[0]}" is in one of files and model alone'
+    for name, value in wanted.items():
+        if state[name].shape != value.shape:
+            return f'"{name}" is {tuple(state[name].shape)} in the files, {tuple(value.shape)} by its settings'
+    set_peft_model_state_dict(model, state, adapter_name=NAME)
+    return ""
+
+
+def _take_off(model: nn.Module, adapter: Adapter) -> None:
+    """The linears as they were, and the parameters that took gradients."""
+    for name in adapter.layers:
+        module: Any = model.get_submodule(name)
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, module.get_base_layer())
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter_name in adapter.trained)
+    del model.layerwise_adapter, model.peft_config
 
 
 def _peft() -> Any:
@@ -205,6 +232,8 @@ def _check(kind: str, rank: int, alpha: float | None, dropout: float) -> None:
 def _linears(model: nn.Module, structure: Structure | None) -> list[str]:
     found = structure if structure is not None else structure_of(model)
     names = [one.name for one in found.layers if one.block is not None and type(_module(model, one.name)) is nn.Linear]
+    if not names and quantized_by_loader(model):
+        raise ModelError(_BY_LOADER.format(type(model).__name__))
     if not names:
         raise ModelError(f"{type(model).__name__} has no plain linears in its blocks that an adapter could be put on.")
     return names
@@ -221,25 +250,6 @@ def _only(model: nn.Module, names: tuple[str, ...]) -> Structure:
     return structure_of(model, include=names)
 
 
-def _masks(model: nn.Module, names: list[str], keep: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """Layer -> mask. Raises ConfigError for a mask of another shape, or of a layer that gets no adapter."""
-    given = {name.removesuffix(".weight"): mask for name, mask in (keep or {}).items()}
-    if odd := sorted(given.keys() - {*names}):
-        raise ConfigError(f'mask of "{odd[0]}": no linear in a block of the model. Leave it out.')
-    masks = {}
-    for name in names:
-        weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
-        mask = given.get(name)
-        if mask is not None and (mask.shape != weight.shape or mask.dtype != torch.bool):
-            raise ConfigError(
-                f'mask of "{name}": {mask.dtype} {tuple(mask.shape)}; give torch.bool {tuple(weight.shape)}.'
-            )
-        if mask is not None and bool((weight.detach()[~mask.to(weight.device)] != 0).any()):
-            raise ConfigError(f'mask of "{name}": the weight is not zero where it prunes. Prune first.')
-        masks[name] = (weight.detach() != 0) if mask is None else mask.to(weight.device)
-    return masks
-
-
 def _digest(model: nn.Module) -> str:
     """Of everything that a file of the model would hold, the same in every dtype that holds the values exactly: an adapter on a base whose
     norms or embeddings differ gives other outputs, too."""
@@ -247,7 +257,11 @@ def _digest(model: nn.Module) -> str:
     for name, value in sorted(model.state_dict().items()):
         plain = value.detach()
         wide = plain.to(torch.promote_types(plain.dtype, torch.float32)) if plain.is_floating_point() else plain
-        digest.update(f"{name}{tuple(wide.shape)}".encode() + wide.cpu().contiguous().numpy().tobytes())
+        digest.update(f"{name}{tuple(wide.shape)}".encode())
+        flat = wide.cpu().contiguous().flatten()
+        digest.update(
+            flat.view(torch.uint8).numpy().data if flat.numel() else b""
+        )  # the bytes themselves, no copy of them
     return digest.hexdigest()[:32]
 
 
@@ -260,7 +274,9 @@ def _config(model: nn.Module, adapter: Adapter, masks: Mapping[str, Tensor]) -> 
     if adapter.kind == "shira":
         config = peft.ShiraConfig(r=adapter.rank, target_modules=names)
         # drawn before anything is put on: a layer that keeps too few leaves the model as it was
-        of = {id(model.get_submodule(name)): _entries(name, masks[name], adapter.rank, adapter.seed) for name in names}
+        of = {
+            id(model.get_submodule(name)): entries_of(name, masks[name], adapter.rank, adapter.seed) for name in names
+        }
         config.mask_fn = lambda base, rank, **_: of[id(base)]
         return config
     from .masked_lora import MaskedLoraLinear
@@ -270,21 +286,6 @@ def _config(model: nn.Module, adapter: Adapter, masks: Mapping[str, Tensor]) -> 
     )
     config._register_custom_module({nn.Linear: MaskedLoraLinear})
     return config
-
-
-def _entries(name: str, keep: Tensor, rank: int, seed: int) -> Tensor:
-    """Ones at rank * (outputs + inputs) of the kept entries, drawn at random; float like `keep`."""
-    wanted, places = rank * sum(keep.shape), keep.flatten().nonzero().flatten().cpu()
-    if wanted > len(places):
-        most = len(places) // sum(keep.shape)
-        raise ConfigError(
-            f'layer "{name}" keeps {len(places)} weights, fewer than the {wanted} that shira trains at rank {rank}: give rank'
-            f" {most} or less."
-        )
-    chosen = places[torch.randperm(len(places), generator=generator_for(seed, f"shira:{name}"))[:wanted]]
-    mask = torch.zeros(keep.numel())
-    mask[chosen] = 1.0
-    return mask.view(keep.shape).to(keep.device)
 
 
 def _adapter_of(model: nn.Module) -> Adapter:

@@ -41,12 +41,13 @@ class Form(Protocol):
 
 
 def form_of(parameter: nn.Parameter, layer: Layer | None = None, event: LayerSolved | None = None) -> Form:
-    """The form of a solved layer's weight, or of any other parameter (no layer): then all of it is free."""
+    """The form of a solved layer's weight, or of any other parameter (no layer). Zeros of other matrices stay, too: an earlier run may have
+    made them. All else is free."""
     if layer is not None and event is not None and event.codes is not None:
         return Coded(parameter, layer, event.codes)
     if layer is not None and event is not None and event.factors is not None:
         return Factored(parameter, layer, event.factors)
-    return Masked(parameter, held=layer is not None)
+    return Masked(parameter, held=layer is not None or parameter.ndim > 1)
 
 
 class Masked:
@@ -54,7 +55,8 @@ class Masked:
 
     def __init__(self, parameter: nn.Parameter, *, held: bool) -> None:
         self.dtype = parameter.dtype
-        self.keep = parameter.detach() != 0 if held else None
+        keep = parameter.detach() != 0 if held else None
+        self.keep = None if keep is None or keep.all() else keep
         self.values = _leaf(parameter.detach())
         self.leaves, self.ratios = [self.values], list[Tensor]()
 

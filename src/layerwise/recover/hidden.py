@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError
+from ..passes.rows import mask_of
 from ..structure import structure_of
 
 
@@ -76,10 +77,9 @@ def outputs_of(model: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, Te
             handle.remove()
 
 
-def valid_tokens(batch: Mapping[str, Tensor], like: Tensor) -> Tensor | None:
-    """True for tokens that are no padding, where the batch says so of an output of this shape; (batch, tokens) bool."""
-    for name in ("attention_mask", "decoder_attention_mask"):
-        mask = batch.get(name)
-        if mask is not None and mask.shape == like.shape[:2]:
-            return mask.to(like.device).to(torch.bool)
-    return None
+def valid_tokens(batch: Mapping[str, Tensor], like: Tensor, block: str) -> Tensor | None:
+    """True for tokens that are no padding, where the batch says so of what this block gives, of this shape; (batch, tokens) bool."""
+    mask = mask_of(batch, block)
+    if mask is None or mask.shape != like.shape[:2]:
+        return None
+    return mask.to(like.device).to(torch.bool)

@@ -9,7 +9,7 @@ def refuse_quantized(model: nn.Module) -> None:
     """Raise ModelError where weights that lie on a grid take gradients: `layerwise.load` and `compress` mark such models, transformers'
     loaders of quantized checkpoints say it in the config."""
     on_grid = set(getattr(model, "layerwise_quantized", ()))
-    said = getattr(getattr(model, "config", None), "quantization_config", None) is not None
+    said = quantized_by_loader(model)
     if not on_grid and not said:
         return
     for name, parameter in model.named_parameters():
@@ -21,6 +21,11 @@ def refuse_quantized(model: nn.Module) -> None:
                 f'"{name}" is quantized: training would take it off its grid. Train an adapter beside it'
                 " (layerwise.recover.add_adapter), or recover before quantizing; a model that is dense again must be loaded anew."
             )
+
+
+def quantized_by_loader(model: nn.Module) -> bool:
+    """Whether the model says that transformers loaded it quantized."""
+    return getattr(getattr(model, "config", None), "quantization_config", None) is not None
 
 
 def _kind(model: nn.Module) -> str:

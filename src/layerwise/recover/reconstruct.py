@@ -76,7 +76,7 @@ class Reconstruction:
         """See `Tuner.tune`."""
         started = time.perf_counter()
         forms, places = _forms(block)
-        judging = max(1, round(self.held_out * len(block.passes)))
+        judging = min(max(1, round(self.held_out * len(block.passes))), len(block.passes) - 1)  # one is left to tune on
         training = list(range(len(block.passes) - judging))
         judged = range(len(training), len(block.passes))
         error = before = _mean_error(block, forms, judged)
@@ -121,7 +121,11 @@ class Reconstruction:
 
 
 def _forms(block: SolvedBlock) -> tuple[dict[str, Form], dict[str, str]]:
-    """Parameter name within the block -> its form, and layer -> parameter name. Of tied parameters those that other blocks use stay out."""
+    """Parameter name within the block -> its form, and layer -> parameter name.
+
+    Of tied parameters those that other blocks use stay out, and so do layers that an earlier run has put on a grid, whose codes are not at
+    hand here.
+    """
     events = {event.layer: event for event in block.events}
     solved = {id(parameter_of(block.model, layer)): layer for layer in block.layers}
     within = {id(parameter) for parameter in block.module.parameters()}
@@ -130,11 +134,14 @@ def _forms(block: SolvedBlock) -> tuple[dict[str, Form], dict[str, str]]:
         for name, parameter in block.model.named_parameters(remove_duplicate=False)
         if id(parameter) in within and not name.startswith(f"{block.name}.")
     }
+    on_grid = {*getattr(block.model, "layerwise_quantized", ())}
     forms: dict[str, Form] = {}
     places: dict[str, str] = {}
     for name, parameter in block.module.named_parameters():
-        layer = solved.get(id(parameter))
+        layer, full = solved.get(id(parameter)), f"{block.name}.{name}"
         if not parameter.is_floating_point() or id(parameter) in outside:
+            continue
+        if layer is None and on_grid & {full, full.rpartition(".")[0]}:
             continue
         forms[name] = form_of(parameter, layer, None if layer is None else events[layer.name])
         if layer is not None:
@@ -149,7 +156,8 @@ def _error(block: SolvedBlock, forms: dict[str, Form], index: int) -> Tensor:
     found = block.outputs(functional_call(block.module, weights, args, kwargs))
     batch, targets = block.batch(index), block.target(index)
     errors = [
-        relative_error(one, wanted, valid_tokens(batch, wanted)) for one, wanted in zip(found, targets, strict=True)
+        relative_error(one, wanted, valid_tokens(batch, wanted, block.name))
+        for one, wanted in zip(found, targets, strict=True)
     ]
     return torch.stack(errors).mean()
 

@@ -159,9 +159,10 @@ class Stock:
     def factor(self, _: int) -> float:
         """What the learning rate is multiplied by."""
         settings = self.settings
-        done = settings.begin + (settings.end - settings.begin) * self.share()
+        length = settings.end - settings.begin
+        done = settings.begin + length * self.share()
         if settings.warm and done < settings.warm:  # the first step is not lost
-            return min(1.0, (done + 1 / (settings.steps or 100)) / settings.warm)
+            return min(1.0, (done + length / (settings.steps or 100)) / settings.warm)
         return (
             wsd(done, settings.warm, floor=FLOOR) if settings.schedule == "wsd" else cosine(done, settings.warm, FLOOR)
         )
@@ -278,6 +279,10 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is not type
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The clock starts once the Trainer has been built."""
         self.run.started = time.monotonic()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the schedule, which is asked for the rate of the next step, while the Trainer has not counted this one yet."""
+        self.run.step = state.global_step + 1
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.run.after_step(state.global_step):

@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import ScoreError
 from ..passes import PausedPasses, at_hand
-from ..passes.rows import real_tokens
+from ..passes.rows import mask_of, real_tokens
 from ..structure import Structure
-from ..tasks.batches import Batch, Batches
+from ..tasks.batches import Batches
 from .watching import tell
 
 
@@ -56,7 +56,7 @@ def turns(model: nn.Module, data: Batches, structure: Structure, through: Mappin
             outputs = []
             with at_hand(model, name):
                 for one in standing:
-                    mask = _mask_of(one.batch, name)
+                    mask = mask_of(one.batch, name)
                     before = _rows(_first_state(one.arguments), mask)  # a copy: a block may write into its input
                     outputs.append(one.run())
                     left = _like(_first_state(one.arguments), outputs[-1])
@@ -96,12 +96,6 @@ def _like(state: Tensor | None, output: Any) -> Tensor | None:
     """The first tensor of the output that has the shape of `state`."""
     leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
     return next((leaf for leaf in leaves if state is not None and leaf.shape == state.shape), None)
-
-
-def _mask_of(batch: Batch, block: str) -> Tensor | None:
-    """The attention mask of the tokens in this block: of an encoder-decoder model the decoder's have one of their own."""
-    decoder = "decoder_input_ids" in batch and ".decoder." in f".{block}."
-    return batch.get("decoder_attention_mask" if decoder else "attention_mask")
 
 
 def _rows(state: Tensor | None, mask: Tensor | None) -> Tensor | None:

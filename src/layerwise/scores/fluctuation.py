@@ -1,17 +1,19 @@
 """FLAP: how much what a unit's output weights read fluctuates around its mean (An et al. 2024, arXiv:2312.11983), and that mean.
 
 A channel that hardly fluctuates can be replaced by a bias, its mean through the output weights. Mean and variance are exact over all
-tokens, in float64, on the dense model in one pass; `running` is the official statistic, about tokens of a sequence times the variance.
+tokens, in float64, on the dense model in one pass; `running` gives the official statistic instead.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import ScoreError
+from ..passes.rows import mask_of
 from ..structure import Group
 from ..tasks.batches import Batch, call
 from ..tasks.undisturbed import left_alone
@@ -28,6 +30,15 @@ class Moments:
     squares: Tensor
     count: int = 0
 
+    @classmethod
+    def of(cls, inputs: int) -> "Moments":
+        """Of nothing yet."""
+        return cls(torch.zeros(inputs, dtype=torch.float64), torch.zeros(inputs, dtype=torch.float64))
+
+    def meet(self, sequences: Sequence[Tensor]) -> None:
+        """Each: (tokens, inputs)."""
+        self.add(torch.cat(list(sequences)))
+
     def add(self, rows: Tensor) -> None:
         """rows: (tokens, inputs)."""
         wide = rows.double()
@@ -41,20 +52,51 @@ class Moments:
         return self.total / self.count
 
     @property
+    def power(self) -> Tensor:
+        """Mean of the square, (inputs,) float64."""
+        return self.squares / self.count
+
+    @property
     def variance(self) -> Tensor:
         """Population variance, (inputs,) float64."""
-        return (self.squares / self.count - self.mean.square()).clamp_min(0)
+        return (self.power - self.mean.square()).clamp_min(0)
 
 
-def running(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The official mean and fluctuation after sequences of (tokens, inputs): m_N = ((N - 1) m + mean) / N and
-    v_N = v (N - 2) / (N - 1) + sum_t (z - m_N)^2 / N from the second on (its code updates m in place before it squares)."""
-    mean, found = torch.zeros_like(sequences[0][0]), torch.zeros_like(sequences[0][0])
-    for n, rows in enumerate(sequences, start=1):
-        mean = ((n - 1) * mean + rows.mean(0)) / n
-        if n > 1:
-            found = found * (n - 2) / (n - 1) + (rows - mean).square().sum(0) / n
-    return mean, found
+@dataclass
+class Running:
+    """The official statistic, one update for each sequence: m_N = ((N - 1) m + mean) / N, and from the second on
+    v_N = v (N - 2) / (N - 1) + sum_t (z - m_N)^2 / N (its code updates m in place before it squares)."""
+
+    mean: Tensor
+    variance: Tensor  # as the code has it: about tokens of a sequence times the variance
+    squares: Tensor
+    count: int = 0
+    sequences: int = 0
+
+    @classmethod
+    def of(cls, inputs: int) -> "Running":
+        """Before any sequence. float64."""
+        nothing = torch.zeros(inputs, dtype=torch.float64)
+        return cls(nothing, nothing, nothing.clone())
+
+    def meet(self, sequences: Sequence[Tensor]) -> None:
+        """Each: (tokens, inputs)."""
+        for rows in (one.double().cpu() for one in sequences if len(one)):
+            self.sequences = n = self.sequences + 1
+            self.mean = ((n - 1) * self.mean + rows.mean(0)) / n
+            if n > 1:
+                self.variance = self.variance * (n - 2) / (n - 1) + (rows - self.mean).square().sum(0) / n
+            self.squares += rows.square().sum(0)
+            self.count += len(rows)
+
+    @property
+    def power(self) -> Tensor:
+        """Mean over sequences of the sum of squares."""
+        return self.squares / self.sequences
+
+
+Seen = Moments | Running
+_S = TypeVar("_S", Moments, Running)
 
 
 def moments(model: nn.Module, data: Sequence[Batch], groups: Sequence[Group]) -> dict[str, Moments]:
@@ -62,23 +104,33 @@ def moments(model: nn.Module, data: Sequence[Batch], groups: Sequence[Group]) ->
 
     Raises ScoreError for fused experts, which are no modules of their own, and where no token came.
     """
-    found: dict[str, Moments] = {}
+    return _seen(model, data, groups, Moments)
+
+
+def running(model: nn.Module, data: Sequence[Batch], groups: Sequence[Group]) -> dict[str, Running]:
+    """The same, the official statistic."""
+    return _seen(model, data, groups, Running)
+
+
+def _seen(model: nn.Module, data: Sequence[Batch], groups: Sequence[Group], kind: type[_S]) -> dict[str, _S]:
+    found: dict[str, _S] = {}
     handles: list[RemovableHandle] = []
-    mask: list[Tensor | None] = [None]
-    for name in (_reader(group) for group in groups):
+    batches: list[Batch] = []  # the one under way
+    for group in groups:
+        name = _reader(group)
         module = model.get_submodule(name.rpartition(".")[0])
         if not name.endswith(".weight"):
             raise ScoreError(
                 f'"{name}" reads its inputs inside fused experts, where FLAP cannot look. Leave the experts out.'
             )
-        width = model.get_parameter(name).shape[_dim(groups, name)]
-        found[name] = Moments(torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64))
-        handles.append(module.register_forward_pre_hook(_counting(found[name], mask)))
+        width = model.get_parameter(name).shape[_dim(group)]
+        found[name] = kind.of(width)
+        handles.append(module.register_forward_pre_hook(_counting(found[name], batches, group.block)))
     try:
         with left_alone([model]), torch.no_grad():
             for index, batch in enumerate(data):
                 tell(index, len(data), f"batch {index}")
-                mask[0] = _real(batch)
+                batches[:] = [batch]
                 call(model, batch)
     finally:
         for handle in handles:
@@ -92,7 +144,7 @@ def moments(model: nn.Module, data: Sequence[Batch], groups: Sequence[Group]) ->
 def fluctuations(
     model: nn.Module,
     groups: Sequence[Group],
-    seen: Mapping[str, Moments],
+    seen: Mapping[str, Seen],
     kind: str = "wifv",
     *,
     square_heads: bool = True,
@@ -112,34 +164,29 @@ def fluctuations(
         elif kind == "ifv":
             score = one.variance
         else:
-            score = weight.abs().mean(1) * (one.squares / one.count).sqrt()
+            score = weight.abs().mean(1) * one.power.sqrt()
         if group.kind == "heads" and square_heads:
             score = score.square()
         found[group.name] = score[part.index].float()
     return found
 
 
-def _real(batch: Batch) -> Tensor | None:
-    """True for tokens that are no padding, (batch, tokens); None where the batch does not say, or says it twice."""
-    masks = [batch[name] for name in ("attention_mask", "decoder_attention_mask") if name in batch]
-    return masks[0].bool() if len(masks) == 1 and masks[0].ndim == 2 else None
-
-
 def _reader(group: Group) -> str:
     return next(part.parameter for part in group.parts if part.side == "in")
 
 
-def _dim(groups: Sequence[Group], name: str) -> int:
-    return next(part.dim for group in groups for part in group.parts if part.parameter == name and part.side == "in")
+def _dim(group: Group) -> int:
+    return next(part.dim for part in group.parts if part.side == "in")
 
 
-def _counting(into: Moments, mask: list[Tensor | None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _counting(into: Seen, batches: list[Batch], block: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         rows = inputs[0].detach()
-        real = mask[0]
-        flat = rows.reshape(-1, rows.shape[-1])
-        if real is not None and rows.shape[:2] == real.shape:
-            flat = flat[real.to(rows.device).flatten()]
-        into.add(flat)
+        mask = mask_of(batches[0], block)
+        if mask is None or mask.ndim != 2 or rows.shape[:-1] not in (mask.shape, mask.flatten().shape):
+            into.meet(list(rows.reshape(-1, *rows.shape[-2:])))
+            return
+        sequences = rows.reshape(*mask.shape, rows.shape[-1])  # OPT hands its MLP all tokens in a row
+        into.meet([one[real] for one, real in zip(sequences, mask.to(rows.device).bool(), strict=True)])
 
     return hook

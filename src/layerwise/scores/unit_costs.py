@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from .watching import tell
 KINDS = ("parameters", "bytes", "macs", "latency")
 _PICO = 10**12
 _TURNS = 15
+_CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k")  # what configs call the number of experts of a token
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def costs_of(model: nn.Module, groups: Sequence[Group], kind: str, rows: int = 1
         counted = [one for one in structure_of(model, include=["*"]).layers if one.kind not in ("embedding", "table")]
         tied = _head_is_tied(model)
         return Costs(
-            sum(one.size for one in counted) + tied,
+            sum(_active(model, one.size, one.shape) if one.kind == "experts" else one.size for one in counted) + tied,
             {g.name: _weights(model, g) for g in groups},
             "multiply-adds a token",
         )
@@ -138,13 +140,26 @@ def _item(model: nn.Module, group: Group) -> int:
 
 
 def _weights(model: nn.Module, group: Group) -> int:
-    """Weights that one unit takes along, biases left out: each multiplies once for a token."""
+    """Weights that one unit takes along and a token meets, biases left out: each multiplies once for it."""
     total = 0
     for part in group.parts:
-        parameter = model.get_parameter(part.parameter)
-        if parameter.ndim > 1:
-            total += parameter.numel() // parameter.shape[part.dim] * part.index.shape[1]
+        if part.scored:
+            shape = model.get_parameter(part.parameter).shape
+            count = shape.numel() // shape[part.dim] * part.index.shape[1]
+            total += _active(model, count, shape) if len(shape) == 3 else count
     return total
+
+
+def _active(model: nn.Module, count: int, shape: Sequence[int]) -> int:
+    """Of so many weights of fused experts, those that a token meets. Raises ScoreError where the config does not say how many it takes."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    chosen = next((n for name in _CHOSEN if isinstance(n := getattr(config, name, None), int)), None)
+    if chosen is None:
+        raise ScoreError(
+            f"{type(model).__name__} does not say to how many experts a token goes: its multiply-adds are not known. Give another budget."
+        )
+    return count * min(chosen, shape[0]) // shape[0]
 
 
 def _head_is_tied(model: nn.Module) -> int:

@@ -2,11 +2,13 @@
 
 The bias (An et al. 2024, arXiv:2312.11983) is the mean of what was read there times the weights that read it, added to the bias of the
 layer. A layer without one gets it where the model's config can say so (`attention_bias`, `mlp_bias`: then all blocks have one, zero where
-nothing was removed); where it cannot, the layer is left without, and that is said.
+nothing was removed); where it cannot (or means other linears by it, as GLM's does), the layer is left without, and that is said.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +18,12 @@ from ..passes import check_whole
 from ..plan import Plan
 from ..scores.fluctuation import Moments, moments
 from ..scores.units import magnitudes
-from ..structure import Coupling, Group, coupled_groups
+from ..structure import Coupling, Group, coupled_groups, structure_of
+from ..structure.coupled import GroupKind
 from ..tasks.batches import Batch
 from .cut import Keep, cut_units
-from .depth import drop_blocks
-from .narrow import settle
+from .depth import check_drops, drop_blocks
+from .narrow import built, settle, stock_class
 
 _FLAGS = {"heads": "attention_bias", "channels": "mlp_bias"}
 
@@ -49,6 +52,9 @@ def apply(model: nn.Module, plan: Plan, data: Sequence[Batch] | None = None) -> 
     check_whole(model, "cutting heads and channels")
     coupling = coupled_groups(model)
     keep = kept_by(model, plan, coupling)
+    dropped = tuple(name for name, one in plan.layers.items() if one.drop)
+    if dropped:
+        check_drops(model, dropped)  # before anything is cut
     before = sum(parameter.numel() for parameter in model.parameters())
     notes: list[str] = []
     if plan.method.get("compensate") and keep:
@@ -60,7 +66,6 @@ def apply(model: nn.Module, plan: Plan, data: Sequence[Batch] | None = None) -> 
         coupling = coupled_groups(model)  # with the biases that there are now
     cut_units(model, keep, coupling)
     settle(model)
-    dropped = tuple(name for name, one in plan.layers.items() if one.drop)
     if dropped:
         drop_blocks(model, dropped)
     after = sum(parameter.numel() for parameter in model.parameters())
@@ -68,7 +73,11 @@ def apply(model: nn.Module, plan: Plan, data: Sequence[Batch] | None = None) -> 
 
 
 def kept_by(model: nn.Module, plan: Plan, coupling: Coupling) -> dict[str, list[int]]:
-    """Group -> units that the plan keeps. Raises PlanError with everything that does not fit."""
+    """Group -> units that the plan keeps. Raises PlanError with everything that does not fit, or for a plan that says it is of another
+    model: this one may have been cut by it already, and its blocks count anew."""
+    structure = structure_of(model)
+    names = {group.name for group in coupling.groups} | {block.name for block in structure.blocks}
+    plan.check_model(structure.fingerprint, names)
     problems, keep = [], dict[str, list[int]]()
     known = {group.name: group for group in coupling.groups}
     for name, entry in plan.layers.items():
@@ -97,6 +106,8 @@ def kept_by(model: nn.Module, plan: Plan, coupling: Coupling) -> dict[str, list[
             problems.append(
                 f'plan: "{name}" has {group.units} {group.kind}; 1 to {group.units} can be kept, not {units}.'
             )
+        elif units % group.multiple:
+            problems.append(f'plan: "{name}": {units} channels; fused experts run at multiples of {group.multiple}.')
         else:
             keep[name] = resize.chosen(group.units) or _largest(model, group, units)
     if problems:
@@ -113,7 +124,8 @@ def _largest(model: nn.Module, group: Group, units: int) -> list[int]:
 def _compensate(model: nn.Module, keep: Keep, coupling: Coupling, data: Sequence[Batch]) -> list[str]:
     """Biases in the place of what will go, before it goes. Returns what could not be compensated, in a sentence."""
     groups = [coupling[name] for name in keep if len(keep[name]) < coupling[name].units]
-    wanted = [group for group in groups if _has_bias(model, group) or _may_have(model, group)]
+    can = {kind for kind in sorted({group.kind for group in groups}) if _may_have(model, kind, coupling)}
+    wanted = [group for group in groups if _has_bias(model, group) or group.kind in can]
     seen = moments(model, data, wanted)
     for kind in sorted({group.kind for group in wanted if not _has_bias(model, group)}):
         _give_biases(model, kind, coupling)
@@ -148,17 +160,29 @@ def _has_bias(model: nn.Module, group: Group) -> bool:
     return isinstance(getattr(model.get_submodule(reader.rpartition(".")[0]), "bias", None), nn.Parameter)
 
 
-def _may_have(model: nn.Module, group: Group) -> bool:
-    return getattr(getattr(model, "config", None), _FLAGS[group.kind], None) is False
+def _may_have(model: nn.Module, kind: GroupKind, coupling: Coupling) -> bool:
+    """Whether the model's class, told so by the config, has the biases that `_give_biases` would give, all of them and no other."""
+    if getattr(getattr(model, "config", None), _FLAGS[kind], None) is not False:
+        return False
+    config = copy.deepcopy(model.config)
+    setattr(config, _FLAGS[kind], True)
+    with_them = {name for name, _ in built(stock_class(model), config).named_parameters()}
+    given = {f"{name}.bias" for name in _without_bias(model, kind, coupling)}
+    return with_them == {name for name, _ in model.named_parameters()} | given
 
 
-def _give_biases(model: nn.Module, kind: str, coupling: Coupling) -> None:
+def _without_bias(model: nn.Module, kind: GroupKind, coupling: Coupling) -> list[str]:
+    """The linears without one of all attentions or MLPs."""
+    parts = [part for group in coupling.groups if group.kind == kind for part in group.parts]
+    names = dict.fromkeys(part.parameter.rpartition(".")[0] for part in parts)
+    return [name for name in names if isinstance(one := model.get_submodule(name), nn.Linear) and one.bias is None]
+
+
+def _give_biases(model: nn.Module, kind: GroupKind, coupling: Coupling) -> None:
     """Zeros for every linear of all attentions or MLPs, and the config says so."""
     setattr(model.config, _FLAGS[kind], True)
-    for group in (one for one in coupling.groups if one.kind == kind):
-        for name in dict.fromkeys(part.parameter.rpartition(".")[0] for part in group.parts):
-            module = model.get_submodule(name)
-            if isinstance(module, nn.Linear) and module.bias is None:
-                module.bias = nn.Parameter(
-                    torch.zeros(module.out_features, dtype=module.weight.dtype, device=module.weight.device)
-                )
+    for name in _without_bias(model, kind, coupling):
+        module: Any = model.get_submodule(name)
+        module.bias = nn.Parameter(
+            torch.zeros(module.out_features, dtype=module.weight.dtype, device=module.weight.device)
+        )

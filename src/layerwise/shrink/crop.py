@@ -15,6 +15,7 @@ from ..errors import ModelError, PlanError
 from ..plan import Plan
 from ..randomness import generator_for
 from ..structure import ChannelLayer, Channels, cnn_channels
+from ..tasks.undisturbed import random_states
 from .apply import Applied
 
 
@@ -79,13 +80,9 @@ def start_anew(model: nn.Module, channels: Channels, seed: int) -> None:
     """Every layer's own start, each from a stream of its own."""
     for layer in channels.layers:
         module = model.get_submodule(layer.name)
-        with torch.random.fork_rng(devices=_devices(module)):
+        with random_states():  # torch's seed is that of every accelerator, too
             torch.manual_seed(generator_for(seed, f"crop:{layer.name}").initial_seed())
             module.reset_parameters()  # type: ignore[operator]
-
-
-def _devices(module: nn.Module) -> list[torch.device]:
-    return [one for one in {parameter.device for parameter in module.parameters()} if one.type == "cuda"]
 
 
 def _resize(model: nn.Module, channels: Channels, widths: Mapping[str, int]) -> None:

@@ -22,32 +22,44 @@ def drop_blocks(model: nn.Module, names: Sequence[str]) -> None:
     Raises ModelError for a block that is not there, ConfigError for a stack of which none would be left, ModelError where the stock class
     could not be built so (a block that holds what others use, T5's position bias); nothing has changed then.
     """
-    stacks = structure_of(model).stacks
-    known = {block.name: stack for stack in stacks for block in stack.blocks}
-    if odd := [name for name in names if name not in known]:
-        raise ModelError(f'"{odd[0]}": the model has no such block. Its first is "{next(iter(known), "none")}".')
-    for stack in stacks:
-        gone = {block.index for block in stack.blocks if block.name in {*names}}
-        if len(gone) == len(stack.blocks):
-            raise ConfigError(f'"{stack.name}": all of its {len(gone)} blocks were to be dropped. Keep at least one.')
-        if gone:
-            _drop(model, stack, gone)
+    for place, (stack, kept, config) in enumerate(check_drops(model, names)):
+        _drop(model, stack, kept, config if place == 0 else _counted(model, stack, kept))
     if "layerwise_narrow" in vars(type(model)):  # the blocks that are left may be alike
         settle(model)
 
 
-def _drop(model: nn.Module, stack: Stack, gone: set[int]) -> None:
-    kept = [block.index for block in stack.blocks if block.index not in gone]
+def check_drops(model: nn.Module, names: Sequence[str]) -> list[tuple[Stack, list[int], Any]]:
+    """For each stack that loses blocks: which stay, and the config that then says so (None without one). Raises as `drop_blocks`."""
+    stacks = structure_of(model).stacks
+    known = {block.name for stack in stacks for block in stack.blocks}
+    if odd := [name for name in names if name not in known]:
+        first = next((block.name for stack in stacks for block in stack.blocks), "none")
+        raise ModelError(f'"{odd[0]}": the model has no such block. Its first is "{first}".')
+    left = [(stack, [block.index for block in stack.blocks if block.name not in {*names}]) for stack in stacks]
+    for stack, kept in left:
+        if not kept:
+            raise ConfigError(
+                f'"{stack.name}": all of its {len(stack.blocks)} blocks were to be dropped. Keep at least one.'
+            )
+    return [(stack, kept, _counted(model, stack, kept)) for stack, kept in left if len(kept) < len(stack.blocks)]
+
+
+def _counted(model: nn.Module, stack: Stack, kept: Sequence[int]) -> Any:
     blocks = model.get_submodule(stack.name)
     if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or len(blocks) != len(stack.blocks):
         raise ModelError(f'"{stack.name}" is no plain list of blocks: they cannot be dropped.')
-    config = _recounted(model, stack, kept) if hasattr(model, "config") else None
-    for index in sorted(gone, reverse=True):
-        del blocks[index]
+    return _recounted(model, stack, kept) if hasattr(model, "config") else None
+
+
+def _drop(model: nn.Module, stack: Stack, kept: Sequence[int], config: Any) -> None:
+    blocks: Any = model.get_submodule(stack.name)
+    for index in reversed(range(len(blocks))):
+        if index not in kept:
+            del blocks[index]
     for place, block in enumerate(blocks):
         for module in block.modules():
             if isinstance(module.__dict__.get("layer_idx"), int):
-                module.layer_idx = place  # type: ignore[assignment]
+                module.layer_idx = place
     if config is not None:
         _take_on(model.config, config)
 

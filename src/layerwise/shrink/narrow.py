@@ -46,7 +46,7 @@ def settle(model: nn.Module) -> None:
 def widths_of(model: nn.Module, coupling: Coupling | None = None) -> dict[str, int]:
     """Group -> units, of groups that are not as wide as the model's config says."""
     coupling = coupling or coupled_groups(model)
-    dense = {group.name: group.units for group in coupled_groups(_built(stock_class(model), model.config)).groups}
+    dense = {group.name: group.units for group in coupled_groups(built(stock_class(model), model.config)).groups}
     return {group.name: group.units for group in coupling.groups if dense.get(group.name) != group.units}
 
 
@@ -192,7 +192,7 @@ class _Narrowing:
         return len(self._table)
 
 
-def _built(stock: type[Any], config: Any) -> nn.Module:
+def built(stock: type[Any], config: Any) -> nn.Module:
     """A model of this config without memory."""
     with torch.device("meta"), contextlib.suppress(AttributeError):
         return stock(copy.deepcopy(config))  # type: ignore[no-any-return]
@@ -215,7 +215,7 @@ def _alike(model: nn.Module, stock: type[Any], coupling: Coupling) -> dict[str, 
     for name, value in changed.items():
         setattr(config, name, value)
     try:
-        shapes = {name: tuple(p.shape) for name, p in _built(stock, config).named_parameters()}
+        shapes = {name: tuple(p.shape) for name, p in built(stock, config).named_parameters()}
     except Exception:
         return None
     return changed if shapes == {name: tuple(p.shape) for name, p in model.named_parameters()} else None
@@ -226,7 +226,7 @@ def _by_layer(model: nn.Module, coupling: Coupling) -> dict[str, dict[str, int]]
     structure, config = structure_of(model), model.config
     if len(structure.stacks) != 1 or getattr(config, "num_hidden_layers", None) != len(structure.blocks):
         return None
-    dense = {group.name: group for group in coupled_groups(_built(stock_class(model), config)).groups}
+    dense = {group.name: group for group in coupled_groups(built(stock_class(model), config)).groups}
     found: dict[str, dict[str, int]] = {}
     for index, block in enumerate(structure.blocks):
         own = [group for group in coupling.groups if group.block == block.name]

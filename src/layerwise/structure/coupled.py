@@ -5,6 +5,7 @@ layers that read it, and their biases. Transformers are read by roles, from expl
 no table is left whole, with the reason. Dependency graphs traced from a run are for convolutional networks.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -92,15 +93,26 @@ def coupled_groups(model: nn.Module, structure: Structure | None = None) -> Coup
     structure = structure or structure_of(model)
     groups: list[Group] = []
     left: list[tuple[str, str]] = []
+    owners = _owners(model)
     for block in structure.blocks:
         modules = _by_module(block.layers)
         for name, layers in modules.items():
             found = heads_of(model, block, name, layers) or channels_of(model, block.name, name, layers)
             if isinstance(found, Group):
-                groups.append(found)
+                names = (part.parameter for part in found.parts)
+                shared = next((one for one in names if owners[id(model.get_parameter(one))] > 1), None)
+                if shared is None:
+                    groups.append(found)
+                else:
+                    left.append((name, f'"{shared}" is the weight of other layers, too'))
             elif found is not None:
                 left.append((name, found))
     return Coupling(tuple(groups), tuple(left))
+
+
+def _owners(model: nn.Module) -> Counter[int]:
+    """Parameter, by identity -> how many modules have it. A module that is used in several places counts once: it can be cut."""
+    return Counter(id(one) for module in model.modules() for one in module._parameters.values() if one is not None)
 
 
 def numbers_of(model: nn.Module, group: Group) -> int:

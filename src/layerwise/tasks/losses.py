@@ -8,7 +8,7 @@
 | similarities (CLIP) | the mean of both directions' cross-entropy | none: pairs belong together |
 | a `loss` of its own | that | as the model takes them |
 
-Padding and image tokens are never predicted.
+Padding and image tokens are never predicted, nor is anything at the place of padding.
 Logits become float32 first. The model's own loss comes last: some are computed in the dtype of the weights.
 """
 
@@ -77,7 +77,7 @@ def _causal(model: nn.Module, batch: Batch) -> Tensor:
         raise DataError(_lacks(model, batch, "labels or input_ids", "the token ids to predict"))
     counts = torch.ones_like(ids, dtype=torch.bool)
     if (mask := batch.get("attention_mask")) is not None:  # without it nothing is padding: pad may be the EOS of a text
-        counts &= mask.bool()
+        counts &= _in_sight(mask)
     for token in _image_tokens(model):
         counts &= ids != token
     return ids.masked_fill(~counts, IGNORED)
@@ -89,8 +89,14 @@ def _decoded(batch: Batch) -> Tensor:
         return labels
     fed = batch["decoder_input_ids"]
     if (mask := batch.get("decoder_attention_mask")) is not None:
-        fed = fed.masked_fill(~mask.bool(), IGNORED)
+        fed = fed.masked_fill(~_in_sight(mask), IGNORED)
     return _next(fed)
+
+
+def _in_sight(mask: Tensor) -> Tensor:
+    """True for tokens that are no padding and do not come right after any: what padding on the left gives is no prediction."""
+    real = mask.bool()
+    return real & pad(real[:, :-1], (1, 0), value=True)
 
 
 def _next(labels: Tensor) -> Tensor:
