@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import layerwise as lw
 from layerwise.recover import LayerSampling, LowRank, LowRankAdam, parameter_groups
 from measuring import machine
+from scale_gpu import build, synchronize
 
 PUBLISHED = 21.0  # GB, the paper's figure for a 7B model
 
@@ -101,8 +101,8 @@ def report(size: Size, device: torch.device, names: list[str]) -> Iterator[str]:
 def measured(name: str, size: Size, device: torch.device) -> list[str]:
     """One row. What it takes to draw blocks: a step on which projectors are computed anew."""
     cuda = device.type == "cuda"
-    torch.manual_seed(0)
     model = build(size, device)
+    model.config.use_cache = False
     weights = held(device)
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
@@ -117,28 +117,13 @@ def measured(name: str, size: Size, device: torch.device) -> list[str]:
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if cuda:
-            torch.cuda.synchronize(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - started)
     after = held(device)
     peak = torch.cuda.max_memory_allocated(device) if cuda else 0
     plain = [one for step, one in enumerate(seconds) if step % size.period]
     numbers = [f"{value / 1e9:.2f}" for value in (peak, weights, after)]
     return [*numbers, f"{statistics.median(plain):.3f}", f"{seconds[size.period]:.3f}"]
-
-
-def build(size: Size, device: torch.device) -> nn.Module:
-    config = LlamaConfig(
-        hidden_size=size.hidden, intermediate_size=size.intermediate, num_hidden_layers=size.blocks, vocab_size=size.vocabulary,
-        num_attention_heads=size.heads, num_key_value_heads=size.heads, max_position_embeddings=4096, use_cache=False,
-    )  # fmt: skip
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            return LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
 
 
 def held(device: torch.device) -> int:
