@@ -127,7 +127,7 @@ def measured(
             before = row_of(plain)
             model = copy.deepcopy(dense)
             compressed(model, form, solver, data)
-            spare = first["seconds"] - before["seconds"] if first and before else 0.0
+            spare = max(1.0, first["seconds"] - before["seconds"]) if first and before else 1.0
             yield full, trained(model, dense, subject, spare, options) | {"perplexity": perplexity(model, windows)}
 
 
