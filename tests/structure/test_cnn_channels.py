@@ -60,6 +60,16 @@ def test_flattened_maps_give_every_channel_its_positions():
     assert dict(hard.left)["c2"] == "the code gives its size as a number"
 
 
+@pytest.mark.parametrize("kind", ["flat", "flat-nhwc"])
+def test_flattened_maps_of_one_channel(kind):
+    """As a small budget leaves them: last, the channel is a dimension of one that the flattening swallows."""
+    model = CNNS[kind]()
+    model.c2, model.f1 = nn.Conv2d(6, 1, 3, 1, 1), nn.Linear(16, 12)
+    channels = cnn_channels(model, IMAGE)
+    assert channels.widths["c2"] == 1
+    assert channels.sizes(layer(channels, "f1"), {"c2": 3}) == (48, 12)
+
+
 def test_shuffle_keeps_widths_divisible_and_numbers_in_the_code_hold_them():
     channels = cnn_channels(Shuffle(), IMAGE)
     assert channels.widths == {"stem": 8, "g1": 2}  # channels of each group; those of g1 are in both halves of each

@@ -56,6 +56,8 @@ def _block(old: tuple[int, ...], axis: int, shape: tuple[int, ...]) -> tuple[ran
                 left, i = left * old[i], i + 1
             else:
                 right, j = right * shape[j], j + 1
+        while i < len(old) and old[i] == 1 and j >= len(shape):  # one channel, last: it goes with what is before it
+            i += 1
         if start_i <= axis < i:
             while j < len(shape) and shape[j] == 1 and i == len(old):
                 j += 1
