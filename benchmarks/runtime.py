@@ -58,7 +58,12 @@ def main() -> None:
     if options.device == "cuda":
         before = f"{torch.cuda.get_device_name()}; {before}"
     started = time.perf_counter()
-    layers, models, coded = measured_before(options) if options.resume else ([], [], [])
+    layers, models, coded = [], [], []
+    if options.resume:
+        found = measured_before(options)
+        layers, models, coded = (found.get(name, []) for name in ("layers", "models", "coded"))
+        if found["machine"].partition(";")[0] != before.partition(";")[0]:
+            before = f"{found['machine']} Later cases (see the .json for their order): {before}"
     for pattern, density in cases(options, options.densities):
         for batch in BATCHES:
             if (pattern, density, batch) not in map(key, layers):
@@ -81,12 +86,12 @@ def key(row: dict[str, Any]) -> tuple[str, float, int]:
     return row["pattern"], row["density"], row["batch"]
 
 
-def measured_before(options: argparse.Namespace) -> tuple[list[dict[str, Any]], ...]:
-    """(linears, models, linears of codes) of the same protocol, of a run that was stopped."""
-    found = json.loads(options.out.with_suffix(".json").read_text(encoding="utf-8"))
+def measured_before(options: argparse.Namespace) -> dict[str, Any]:
+    """What a run that was stopped left: machine, linears, models, linears of codes, of the same protocol."""
+    found: dict[str, Any] = json.loads(options.out.with_suffix(".json").read_text(encoding="utf-8"))
     if found["protocol"] != protocol(options):
         raise SystemExit(f"{options.out}: measured with {found['protocol']}, not {protocol(options)}.")
-    return found["layers"], found["models"], found.get("coded", [])
+    return found
 
 
 def protocol(options: argparse.Namespace) -> dict[str, Any]:
