@@ -105,7 +105,7 @@ def test_trained_in_turn_it_is_recorded_and_the_work_folder_goes(here, same_proc
         (["--method", "flap", "--parameters", "0.8", *DRAW, "--solver", "wanda"], "--solver: not used"),
         (["--method", "flap", "--parameters", "0.01", *DRAW], "is the least"),
         (["--method", "flap", "--parameters", "0", *DRAW], "parameters=0"),
-        (["--method", "wanda", "--parameters", "0.5"], 'unknown method "wanda"'),
+        (["--method", "wanda", "--parameters", "0.5"], '"wanda" is a solver, which computes the weights'),
         (["--method", "owl", "--parameters", "0.5", *DRAW], "method owl takes no --parameters"),
         (["--method", "flap", "--sparsity", "0.5", *DRAW], "method flap takes no --sparsity"),
         (["--method", "flap", "--parameters", "0.8", "--stages", "3", *DRAW], "--stages: not used"),

@@ -22,6 +22,7 @@ def test_a_whole_number_will_do_for_a_number():
     [
         ("erkk", {}, 'unknown method "erkk". Did you mean "erk"? Methods: uniform, uniform-plus,'),
         ("OWL", {}, 'Did you mean "owl"?'),
+        ("wanda", {}, '"wanda" is a solver, which computes the weights;'),
         ("", {}, 'unknown method "". Methods: uniform'),
         ("owl", {"sprad": 0.1}, 'method owl has no setting "sprad". Did you mean "spread"? It has sparsity,'),
         ("er", {"power": 2.0}, 'method er has no setting "power". It has sparsity, min_sparsity, max_sparsity.'),

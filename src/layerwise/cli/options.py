@@ -117,8 +117,8 @@ Keep = Annotated[
 ]
 
 # how: the weights, and the judgement
-_SOLVERS = "magnitude, random, wanda, nowag, sparsegpt.  [dim]default: wanda[/]"
-_QUANTIZERS = "For a plan of bits: round_to_nearest, hqq, gptq.  [dim]default: gptq[/]  In factors: [bold]armor[/]."
+_SOLVERS = "magnitude, random, wanda, nowag, sparsegpt ([dim]default: wanda[/])."
+_QUANTIZERS = "For a plan of bits: round_to_nearest, hqq, gptq ([dim]default: gptq[/]). In factors: [bold]armor[/]."
 Solver = Annotated[str | None, _option(HOW, "NAME", f"What computes the new weights: {_SOLVERS} {_QUANTIZERS}")]
 Solvers = Annotated[str | None, _option(HOW, "A,B,…", f"Solvers: {_SOLVERS}", "--solver")]
 SolverSet = Annotated[
@@ -290,7 +290,7 @@ Stream = Annotated[
 ]
 Work = Annotated[
     Path | None,
-    _option(RUN, "FOLDER", "Finished blocks, to go on from after a kill.  [dim]default: OUTPUT.work[/]"),
+    _option(RUN, "FOLDER", "What is finished, to go on from after a kill.  [dim]default: OUTPUT.work[/]"),
 ]
 Spill = Annotated[
     Path | None,

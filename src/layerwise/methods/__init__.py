@@ -2,7 +2,9 @@
 
 from typing import Any
 
+from ..errors import ConfigError
 from ..settings import build
+from ..solvers import SOLVERS
 from .adapt_pruner import AdaptPruner
 from .alpha_pruning import AlphaPruning
 from .armor import Armor
@@ -110,4 +112,9 @@ def method_from(name: str, **settings: Any) -> Method:
 
     Raises ConfigError for an unknown name or setting, offering the nearest, for a value of the wrong type or outside its range.
     """
+    if name in SOLVERS and name not in METHODS:
+        raise ConfigError(
+            f'"{name}" is a solver, which computes the weights; a method says how much goes where. Give a method such as uniform, and'
+            f" {name} as the solver."
+        )
     return build("method", METHODS, name, settings)
