@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from layerwise.errors import ScoreError
+from layerwise.errors import ScoreError, WalkError
 from layerwise.scores.fluctuation import Moments, Running, fluctuations, moments, running
 from layerwise.structure import coupled_groups
 from models import MODELS, inputs_for
@@ -113,3 +113,11 @@ def test_fused_experts_are_refused():
     model = MODELS["mixtral"]()
     with pytest.raises(ScoreError, match="inside fused experts"):
         moments(model, [inputs_for("mixtral", model, seed=0)], coupled_groups(model).groups)
+
+
+def test_what_the_model_cannot_run_on_is_one_line():
+    model = MODELS["llama"]()
+    groups = coupled_groups(model).groups
+    batches = [inputs_for("llama", model), {"input_ids": torch.full((1, 4), 10_000)}]
+    with pytest.raises(WalkError, match="cannot run on batch 1: IndexError"):
+        moments(model, batches, groups)
