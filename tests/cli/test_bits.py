@@ -96,7 +96,7 @@ def test_uniform_bits_are_whole(here, capsys):
         ("plan model --method lwq --levels 3,4 --for vllm".split(), ["vLLM runs 2, 4 and 8"]),
         ("plan model --method lwq --for tgi".split(), ['target="tgi"', "transformers, vllm"]),
         ("plan model --method lwq --set score=zd --set indivisible=error".split(), ["group=128", "does not divide"]),
-        ("plan model --bits 3".split(), ["method uniform takes no --bits 3.0", "methods that take --bits", "lwq"]),
+        ("plan model --bits 3.25".split(), ["--bits 3.25: a mean of several levels", "least-error", "lwq"]),
         ("plan model --method erk --for vllm".split(), ["method erk takes no --for vllm", "least-error"]),
         ("plan model --method lwq --sparsity 0.5".split(), ["method lwq takes no --sparsity 0.5"]),
         ([*LWQ, "--for", "vllm", "--set", "target=transformers"], ["--for and --set target=", "twice"]),

@@ -37,7 +37,8 @@ Method = Annotated[
     _option(
         HOW,
         "NAME",
-        "How the budget is shared over the layers: see [bold]layerwise methods[/].  [dim]default: uniform[/]",
+        "How the budget is shared over the layers: see [bold]layerwise methods[/]."
+        "  [dim]default: uniform; uniform-bits with --bits; adapt-pruner with --parameters, --macs or --latency[/]",
     ),
 ]
 Methods = Annotated[str, _option(HOW, "A,B,…", "Methods beside the controls uniform and random.", show_default=True)]

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     Treatment = Literal["none", "prune", "quantize", "factorize"]
 
-DEFAULT_METHOD, FACTORIZER = "uniform", "armor"  # the second is a method and a solver
+DEFAULT_METHOD, DEFAULT_OF_BITS, DEFAULT_OF_WIDTHS = "uniform", "uniform-bits", "adapt-pruner"
+FACTORIZER = "armor"  # a method and a solver
 DEFAULT_SOLVERS: "dict[Treatment, str]" = {
     "none": "magnitude",
     "prune": "wanda",
@@ -50,7 +51,11 @@ class MethodChoice:
         """The method, `more` added where it has such settings. Raises ConfigError for an unknown name or setting, offering the nearest."""
         from ..methods import METHODS, method_from
 
-        name = name or self.name or DEFAULT_METHOD
+        if name is None and self.name is None and self.chosen == DEFAULT_OF_BITS and self.bits and self.bits % 1:
+            raise ConfigError(
+                f"--bits {self.bits:g}: a mean of several levels needs a method that hands them out: give --method least-error (or lwq)."
+            )
+        name = name or self.chosen
         common = {
             "sparsity": self.sparsity if name == FACTORIZER else self._sparsity(),
             "pattern": self.pattern,
@@ -97,14 +102,23 @@ class MethodChoice:
         """Whether the method cuts heads, channels or blocks."""
         from ..methods import METHODS
 
-        return self.name in METHODS and "parameters" in {one.name for one in fields(METHODS[self.name])}  # type: ignore[arg-type]
+        return self.chosen in METHODS and "parameters" in {one.name for one in fields(METHODS[self.chosen])}  # type: ignore[arg-type]
+
+    @property
+    def chosen(self) -> str:
+        """The method's name; where none is given, that of the plainest method for the budget that is."""
+        if self.name:
+            return self.name
+        if self._share()["parameters"] is not None:
+            return DEFAULT_OF_WIDTHS
+        return DEFAULT_OF_BITS if self.bits is not None and self.sparsity is None else DEFAULT_METHOD
 
     @property
     def treatment(self) -> "Treatment":
         """What the method plans, and its solver must do: most prune, those that hand out bits of weights quantise."""
         from ..methods import METHODS
 
-        name = self.name or DEFAULT_METHOD
+        name = self.chosen
         if name == FACTORIZER:
             return "factorize"
         known = {one.name for one in fields(METHODS[name])} if name in METHODS else set()  # type: ignore[arg-type]
