@@ -218,7 +218,7 @@ def report(bench: Bench, options: argparse.Namespace) -> Iterator[str]:
                     f"- {ARMS[arm]}: does not reach {loss:.4f}, the loss from random weights after {tokens / 1e6:g}M tokens"
                     if found is None
                     else f"- {ARMS[arm]}: reaches {loss:.4f}, the loss from random weights after {tokens / 1e6:g}M tokens, with"
-                    f" {found / 1e6:.2f}M{most}, {tokens / found:.0f} times less."
+                    f" {found / 1e6:g}M{most}, {tokens / found:.0f} times less."
                 )
 
 

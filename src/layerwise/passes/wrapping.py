@@ -1,11 +1,12 @@
 """Taking over a model for a while: eval mode, other `forward`s, and errors of its own code as ours. Everything can be undone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from ..errors import WalkError
+from ..errors import LayerwiseError, WalkError
 
 Undo = Callable[[], None]
 
@@ -49,3 +50,14 @@ def cannot_run(error: Exception, batch: int, block: str | None) -> WalkError:
         f"the model cannot run on batch {batch}{where}: {type(error).__name__}: {reason}. Check that the data is what"
         " the model takes."
     )
+
+
+@contextmanager
+def running(batch: int) -> Iterator[None]:
+    """Around the model's own code: what it raises, of whatever class, is a WalkError with the batch; our own errors pass."""
+    try:
+        yield
+    except LayerwiseError:
+        raise
+    except Exception as error:
+        raise cannot_run(error, batch, None) from error

@@ -18,9 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, LayerwiseError, ModelError, ScoreError
+from ..errors import DataError, ModelError, ScoreError
 from ..passes import check_whole
-from ..passes.wrapping import cannot_run
+from ..passes.wrapping import running
 from ..tasks import undisturbed
 from ..tasks.batches import Batch, call
 from .watching import tell
@@ -131,12 +131,8 @@ def attention_errors(
         for number, batch in enumerate(data):
             tell(number, len(data), "sensitivity of the cache")
             seen.real, seen.decode = _counted(batch, tail)
-            try:
+            with running(number):
                 call(model, batch)
-            except LayerwiseError:
-                raise
-            except Exception as error:  # the model's own code: any class may come out
-                raise cannot_run(error, number, None) from error
     tell(len(data), len(data))
     if not seen.sums:
         raise ModelError(f"{type(model).__name__}: none of its attentions has a key-value cache of the usual kind.")

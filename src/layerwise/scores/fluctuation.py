@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import LayerwiseError, ScoreError
+from ..errors import ScoreError
 from ..passes.rows import mask_of
-from ..passes.wrapping import cannot_run
+from ..passes.wrapping import running as running_model
 from ..structure import Group
 from ..tasks.batches import Batch, call
 from ..tasks.undisturbed import left_alone
@@ -132,12 +132,8 @@ def _seen(model: nn.Module, data: Sequence[Batch], groups: Sequence[Group], kind
             for index, batch in enumerate(data):
                 tell(index, len(data), f"batch {index}")
                 batches[:] = [batch]
-                try:
+                with running_model(index):
                     call(model, batch)
-                except LayerwiseError:
-                    raise
-                except Exception as error:  # the model's own code: any class may come out
-                    raise cannot_run(error, index, None) from error
     finally:
         for handle in handles:
             handle.remove()

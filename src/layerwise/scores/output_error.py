@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import LayerwiseError, ModelError, ScoreError
+from ..errors import ModelError, ScoreError
 from ..passes import check_whole
 from ..passes.statistics import widest
-from ..passes.wrapping import cannot_run
+from ..passes.wrapping import running
 from ..structure import Layer, Structure, module_of
 from ..tasks import left_alone
 from ..tasks.batches import Batches
@@ -57,14 +57,10 @@ def output_gradients(
     with _watched_outputs(model, structure, sums):
         for index, batch in enumerate(data):
             tell(index, len(data), f"gradients of batch {index}")
-            try:
+            with running(index):
                 value = loss(model, batch)
                 if value.requires_grad:
                     value.backward()  # type: ignore[no-untyped-call]
-            except LayerwiseError:
-                raise
-            except Exception as error:  # the model's own code: any class may come out
-                raise cannot_run(error, index, None) from error
     tell(len(data), len(data))
     for name, total in sums.items():
         if not total.isfinite().all():

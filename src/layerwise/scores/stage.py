@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from ..errors import DataError, LayerwiseError, ModelError, ScoreError
 from ..passes import check_whole
-from ..passes.wrapping import cannot_run
+from ..passes.wrapping import cannot_run, running
 from ..structure import Structure, parameter_of
 from ..tasks import left_alone
 from ..tasks.batches import Batch
@@ -119,13 +119,8 @@ class Stage:
     def gradients(self, batch: Batch, index: int, take: Take, scale: float = 1.0) -> None:
         """Those of one batch's loss, times `scale`, to `take`. Raises what `loss` does."""
         value = self.loss(batch, index)
-        try:
-            with handed_over(self.leaves, take):
-                value.backward(torch.full_like(value, scale), inputs=list(self.leaves.values()))  # type: ignore[no-untyped-call]
-        except LayerwiseError:
-            raise
-        except Exception as error:  # of an operation of the model's own
-            raise cannot_run(error, index, None) from error
+        with running(index), handed_over(self.leaves, take):
+            value.backward(torch.full_like(value, scale), inputs=list(self.leaves.values()))  # type: ignore[no-untyped-call]
 
     def zeros(self) -> dict[str, Tensor]:
         """Layer name -> float32 zeros in the stored shape."""

@@ -18,9 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..errors import DataError, LayerwiseError, ModelError, ScoreError
+from ..errors import DataError, ModelError, ScoreError
 from ..passes import check_whole
-from ..passes.wrapping import cannot_run
+from ..passes.wrapping import running
 from ..structure import Structure, parameter_of, structure_of
 from ..tasks import left_alone
 from ..tasks.batches import Batch, call
@@ -74,26 +74,25 @@ def synflow_scores(
 
 def _flow(model: nn.Module, tensors: Mapping[str, Tensor], ones: Batch) -> Tensor:
     """The flow through the model with these tensors for its own, with its graph."""
-    try:
+    with running(0):
         flow: Tensor = functional_call(_Flow(model), {f"model.{n}": tensor for n, tensor in tensors.items()}, (ones,))
-    except LayerwiseError:
-        raise
-    except Exception as error:  # the model's own code: any class may come out
-        raise cannot_run(error, 0, None) from error
     if not flow.requires_grad:
         raise ModelError(f"the outputs of {type(model).__name__} depend on none of the layers.")
     return flow
 
 
 class _Uncut(TorchFunctionMode):
-    """D3, wherever the model calls them; in place where it does so."""
+    """D3, wherever the model calls them. Nothing is written in place: what comes in is positive almost everywhere, and stays as it is."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in (F.relu6, F.hardtanh, F.hardtanh_):
-            return F.relu(args[0])  # what comes in is positive, or would be cut off below
-        return func(*args, **(kwargs or {}))
+        given = kwargs or {}
+        if func is F.relu6:
+            return F.relu(args[0])
+        if func in (F.hardtanh, F.hardtanh_):
+            return args[0].clamp(min=given.get("min_val", args[1] if len(args) > 1 else -1.0))
+        return func(*args, **given)
 
 
 class _Flow(nn.Module):
