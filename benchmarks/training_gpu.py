@@ -76,8 +76,7 @@ def report(size: Size, device: torch.device, names: list[str]) -> Iterator[str]:
         "# Fine-tuning a 7B-shaped model on one accelerator" if size.blocks == 32 else "# The toy: no claim",
         "",
     ]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    yield f"Machine: {name}; {machine()}. torch {torch.__version__}, layerwise {lw.__version__}."
+    yield f"Machine: {machine(device.type)}. torch {torch.__version__}, layerwise {lw.__version__}."
     yield (
         f"Protocol: random bfloat16 weights, {size.blocks} blocks of {size.hidden}/{size.intermediate};"
         f" {size.batch} x {size.length} tokens a step, gradient checkpointing; {2 * size.period} steps,"
