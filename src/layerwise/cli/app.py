@@ -39,7 +39,7 @@ def layerwise(
 ) -> None:
     """Decide how much to compress each layer of a neural network, do it, and prove what it cost.
 
-    [dim]Try it offline, in about a minute:[/]  layerwise demo
+    [dim]Try it offline, in a minute or two:[/]  layerwise demo
     """
 
 

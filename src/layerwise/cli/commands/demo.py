@@ -1,4 +1,4 @@
-"""`layerwise demo`: all of it on the model inside the package, offline, in about a minute."""
+"""`layerwise demo`: all of it on the model inside the package, offline, in a minute or two."""
 
 import time
 from dataclasses import dataclass, field
