@@ -155,15 +155,19 @@ def measured(
     def data(seed: int) -> lw.Batches:
         return batches(subject.calibration(options.samples, options.length, seed), seed)
 
-    known: dict[tuple[str, int], dict[str, float]] = {}  # scores of ECoFLaP serve every sparsity
+    known = Lines(options.work / f"scores_{subject.name}.jsonl")  # of ECoFLaP: they serve every sparsity
 
     @lru_cache(maxsize=1)
     def plan(method: lw.methods.Method, allocation: str, seed: int) -> lw.Plan:
         if not isinstance(method, lw.methods.ECoFLaP):
             return method.plan(model, data(seed))
-        made = method.plan(model, data(seed), scores=known.get((allocation, seed)))
-        known[allocation, seed] = made.scores
-        return made
+        exact = method.order == "zeroth"  # whose losses half precision would bury in its rounding
+        dtype = "float32" if exact else options.dtype
+        key = {"allocation": allocation, "seed": seed, "scored in": dtype, "protocol": protocol_of(subject, options)}
+        if key not in known:
+            scored = lw.load(subject.folder, dtype=dtype, device=options.device) if exact else model
+            known.add(key, method.plan(scored, data(seed)).scores)
+        return method.plan(model, data(seed), scores=known[key])
 
     for cell in missing:
         model.load_state_dict(dense)
@@ -191,10 +195,11 @@ def report(results: Lines, shown: dict[str, dict[str, Any]], options: argparse.N
     yield ""
     yield f"Machine: {machine(options.device)}; {options.threads} threads. layerwise {lw.__version__}, torch {torch.__version__}."
     yield (
-        f"Protocol: {options.dtype}, losses in float32; {options.samples} x {options.length} calibration tokens drawn per seed,"
-        f" {options.seeds} seeds; perplexity on up to {options.tokens} held-out tokens in windows of {options.length}, mean ±"
-        " standard deviation over seeds (no deviation where neither data nor chance enters). Sparsity counts the matrices of the"
-        " blocks. Texts: README.md."
+        f"Protocol: {options.dtype}, losses and ECoFLaP's zeroth-order scores in float32;"
+        f" {options.samples} x {options.length} calibration tokens drawn per seed, {options.seeds} seeds;"
+        f" perplexity on up to {options.tokens} held-out tokens in windows of {options.length}, mean ± standard deviation"
+        " over seeds (no deviation where neither data nor chance enters). Sparsity counts the matrices of the blocks."
+        " Texts: README.md."
     )
     sparsities = [float(one) for one in options.sparsities.split(",")]
     for model, protocol in shown.items():

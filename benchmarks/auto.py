@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--sparsities", default="0.5,0.6,0.7")
     parser.add_argument("--solver", choices=SOLVERS, default="wanda")
     parser.add_argument("--only", default="", help="methods to try beside uniform and random (default: all)")
+    parser.add_argument("--minutes", type=float, default=0.0, help="of each search; 0: try everything")
     parser.add_argument("--seeds", type=int, default=3, help="0, 1, ...")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
@@ -77,6 +78,7 @@ def keys(subject: Subject, options: argparse.Namespace) -> Iterator[dict[str, An
                 "seed": seed,
                 "solver": options.solver,
                 "only": options.only,
+                **({"minutes": options.minutes} if options.minutes else {}),
                 "calibration": [options.samples, options.length],
                 "evaluated": [options.tokens, options.length],
                 "dtype": options.dtype,
@@ -95,7 +97,9 @@ def measured(subject: Subject, key: dict[str, Any], options: argparse.Namespace)
     solver = SOLVERS[options.solver]()
 
     started = time.perf_counter()
-    auto = lw.methods.Auto(sparsity=key["sparsity"], only=options.only, solver=options.solver, seed=key["seed"])
+    auto = lw.methods.Auto(
+        sparsity=key["sparsity"], only=options.only, solver=options.solver, minutes=options.minutes, seed=key["seed"]
+    )
     search = auto.search(model, data, solver=solver)
     seconds = time.perf_counter() - started
     closest = min((one for one in search.tried if one.divergence is not None), key=lambda one: one.divergence or 0.0)
@@ -151,8 +155,9 @@ def report(results: Lines, wanted: list[dict[str, Any]], options: argparse.Names
     yield "# Auto beside uniform, on text that the search never saw"
     yield ""
     yield f"Machine: {machine(options.device)}; {options.threads} threads. layerwise {lw.__version__}, torch {torch.__version__}."
+    limit = f"; {options.minutes:g} minutes for each search" if options.minutes else ""
     yield (
-        f"Protocol: {options.dtype}, losses in float32; solver {options.solver}; search and pruning on the same {options.samples} x"
+        f"Protocol: {options.dtype}, losses in float32; solver {options.solver}{limit}; search and pruning on the same {options.samples} x"
         f" {options.length} calibration tokens, drawn per seed; measured on up to {options.tokens} held-out tokens in windows of"
         f" {options.length}. Texts: README.md."
     )
@@ -171,7 +176,9 @@ def report(results: Lines, wanted: list[dict[str, Any]], options: argparse.Names
     yield ""
     yield f"Worse than uniform by more than two standard errors: {len(worse)} of {len(wanted)}."
     for key in wanted:
-        yield f"- {key['model']} {key['sparsity']:.0%} {key['seed']}: {results[key]['verdict']}"
+        row = results[key]
+        late = "".join(f" Not tried: {failed}." for failed in row["failed"])
+        yield f"- {key['model']} {key['sparsity']:.0%} {key['seed']}: {row['verdict']}{late}"
 
 
 if __name__ == "__main__":

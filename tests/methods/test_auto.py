@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -12,9 +13,11 @@ import layerwise.methods as methods
 from layerwise.engine import Settings
 from layerwise.errors import BudgetError, ConfigError, DataError
 from layerwise.methods import Auto
+from layerwise.methods import search as search_room
 from layerwise.methods.assemble import found, plan_of
 from layerwise.methods.candidates import candidates
 from layerwise.methods.tried import Record, Tried, paired
+from layerwise.scores import tell
 from layerwise.solvers import SparseGPT
 from layerwise.structure import structure_of
 from layerwise.tasks import Batches
@@ -168,6 +171,39 @@ def test_without_time_only_uniform_is_tried_and_the_others_say_why():
     search = Auto(sparsity=0.5, minutes=1e-9).search(model, data)
     assert [one.reason for one in search.tried] == ["", *["no time was left"] * (len(search.tried) - 1)]
     assert search.verdict.startswith("uniform: 1 plan tried with wanda")
+
+
+CLOCK = SimpleNamespace(now=0.0, perf_counter=lambda: CLOCK.now)
+
+
+@dataclass(frozen=True)
+class Slow(Shift):
+    """Scores of a hundred parts, a second each."""
+
+    name: ClassVar[str] = "slow"
+
+    def plan(self, model, data=None, *, structure=None):
+        for done in range(100):
+            tell(done, 100)
+            CLOCK.now += 1
+        tell(100, 100)
+        return super().plan(model, data, structure=structure)
+
+
+@pytest.mark.usefixtures("_short_list")
+def test_scores_that_do_not_end_in_time_are_given_up_and_made_by_a_search_with_more(monkeypatch, tmp_path):
+    monkeypatch.setitem(methods.METHODS, "slow", Slow)
+    monkeypatch.setattr(search_room, "time", CLOCK)
+    (model, data), record, seen = _case(4), tmp_path / "record", []
+    auto = Auto(sparsity=0.5, only="slow", minutes=1)
+    search = auto.search(model, data, record=record, progress=lambda done, total, now: seen.append(now))
+    assert search.tried[-1] == Tried("slow", reason="no time was left: 61% of its scores took 1.0 minutes")
+    assert "slow: 30% scored" in seen
+    for _ in range(3):  # it does not count as one that ends the process
+        again = auto.search(model, data, record=record)
+        assert again.tried == search.tried
+    more = Auto(sparsity=0.5, only="slow", minutes=2).search(model, data, record=record)
+    assert more.tried[-1].divergence is not None
 
 
 def test_bad_requests_are_one_line():

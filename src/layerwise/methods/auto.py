@@ -44,7 +44,9 @@ class Auto:
     only: str = ""  # "owl,erk": methods to try beside uniform and random; "": all
     solver: str = "wanda"  # the one that will be used: what suits one solver need not suit another
     judged: int = 8192  # tokens (samples, where there are none) that a plan is held against, and again for the verdict
-    minutes: float = 0.0  # start no candidate after that long (then the machine's speed decides, too); 0: try all
+    minutes: float = (
+        0.0  # start and score no candidate after that long (then the machine's speed decides, too); 0: try all
+    )
     seed: int = 0
     min_sparsity: float = 0.0
     max_sparsity: float = 1.0

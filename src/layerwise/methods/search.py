@@ -1,5 +1,6 @@
 """A search under way: try every candidate, judge it, put it back; then decide on data that it did not see."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from ..engine import Trials
 from ..errors import LayerwiseError
 from ..plan import Plan
+from ..scores import watched
 from ..structure import Structure
 from ..tasks import Batch, Batches, Yardstick, undisturbed
 from .assemble import sizes_of
@@ -18,6 +20,10 @@ from .tried import Record, Tried, paired
 FINALISTS = 3  # plans that are held against uniform on unseen data
 SURE = 2.0  # standard errors a plan must be closer by; three get a try, and by one each would pass in a sixth of cases by chance
 Progress = Callable[[int, int, str], None]
+
+
+class _OutOfTime(Exception):
+    """Not a LayerwiseError: no candidate's failure, but the end of the time that it was given."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,8 @@ class Search:
 @dataclass
 class Hunt:
     """candidates: name -> method, "uniform" among them. bounds: on the sparsity of every layer. judged: tokens that a plan is held
-    against. minutes: start no candidate after that long; 0: no limit. unseen: batches for the verdict alone."""
+    against. minutes: start no candidate after that long, and give up one that is still being scored; 0: no limit. unseen: batches for
+    the verdict alone."""
 
     model: nn.Module
     structure: Structure
@@ -50,24 +57,45 @@ class Hunt:
     def run(self) -> Search:
         """Errors as of the plan and the trial of uniform; other candidates that fail are rows with the reason."""
         yardstick = self._yardstick(self.seen)
-        started, tried = time.perf_counter(), list[Tried]()
+        ends = time.perf_counter() + 60 * self.minutes if self.minutes else math.inf
+        tried = list[Tried]()
         for number, (name, method) in enumerate(self.candidates.items()):
             self.progress(number, len(self.candidates) + 1, name)
             if (before := self.record.get(name)) is not None:
                 tried.append(before)
                 continue
-            if self.minutes and name != "uniform" and time.perf_counter() - started > 60 * self.minutes:
+            if name != "uniform" and time.perf_counter() > ends:
                 tried.append(Tried(name, reason="no time was left"))
                 continue
             self.record.begin(name)
             try:
-                tried.append(self._one(name, method, yardstick))
+                with watched(self._clock(number, name, ends)):
+                    tried.append(self._one(name, method, yardstick))
+            except _OutOfTime as late:
+                self.record.stop(name)
+                tried.append(Tried(name, reason=str(late)))
+                continue
             except BaseException:
                 self.record.stop(name)
                 raise
             self.record.add(tried[-1])
         self.progress(len(self.candidates), len(self.candidates) + 1, "verdict on unseen data")
         return self._verdict(tried)
+
+    def _clock(self, number: int, name: str, ends: float) -> Progress:
+        """What the scores of this candidate tell how far they are: it passes that on, and stops them when the time is up."""
+        started = time.perf_counter()
+
+        def step(done: int, total: int, now: str) -> None:
+            clock = time.perf_counter()
+            share = done / total if total else 1.0
+            if name != "uniform" and clock > ends and share < 1:
+                raise _OutOfTime(
+                    f"no time was left: {share:.0%} of its scores took {(clock - started) / 60:.1f} minutes"
+                )
+            self.progress(number, len(self.candidates) + 1, f"{name}: {share:.0%} scored")
+
+        return step
 
     def _one(self, name: str, method: Method, yardstick: Yardstick) -> Tried:
         started = time.perf_counter()
