@@ -236,8 +236,27 @@ def test_shortgpt_drops_what_changes_least():
     with pytest.raises(PlanError, match="this model has other parameters"):
         apply(model, plan)  # blocks count anew: others would go
     assert model.config.num_hidden_layers == 3
-    with pytest.raises(BudgetError, match="with one block"):
+    with pytest.raises(BudgetError, match="without the 1 of 2 blocks that can go"):
         method_from("shortgpt", parameters=0.01).plan(MODELS["llama"](), data_for("llama", MODELS["llama"]()))
+
+
+def test_shortgpt_keeps_blocks_that_others_need(monkeypatch):
+    """T5's first blocks hold the position biases of all: they stay whatever their influence, and so does the last block of a stack."""
+    model = MODELS["t5"]()
+    data = data_for("t5", model)
+    names = [block.name for block in structure_of(model).blocks]
+    monkeypatch.setattr(
+        "layerwise.methods.shortgpt.block_influence", lambda *_: dict(zip(names, range(4), strict=True))
+    )
+    plan = method_from("shortgpt", blocks=2).plan(model, data)
+    assert [name for name, entry in plan.layers.items() if entry.drop] == ["encoder.block.1", "decoder.block.1"]
+    assert plan.notes[1] == "kept, since the model cannot be built without: encoder.block.0, decoder.block.0."
+    apply(model, plan)
+    assert (model.config.num_layers, model.config.num_decoder_layers) == (1, 1)
+    with torch.no_grad():
+        model(**data[0])
+    with pytest.raises(BudgetError, match="without the 2 of 4 blocks that can go"):
+        method_from("shortgpt", blocks=3).plan(MODELS["t5"](), data)
 
 
 def test_adapt_pruner_leaves_a_model_below_its_target_alone():

@@ -3,6 +3,7 @@
 Needs text, no gradients. The influence is 1 - mean cosine between a block's input and its raw output, measured once on the dense model.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ from torch import nn
 from ..errors import BudgetError, ConfigError
 from ..plan import Budget, Plan, Treatments
 from ..scores import block_influence
+from ..shrink import can_drop
 from ..structure import Structure
 from ..tasks.batches import Batches
 from .assemble import facts_of, found
@@ -40,20 +42,41 @@ class ShortGPT:
         scores = block_influence(model, needed("ShortGPT", data), structure)
         order = sorted(scores, key=lambda name: (scores[name], [*scores].index(name)))
         total = sum(parameter.numel() for parameter in model.parameters())
-        sizes = {name: sum(one.numel() for one in model.get_submodule(name).parameters()) for name in order}
         target = int(total * self.parameters + 1e-6) if self.parameters <= 1 else int(self.parameters)
-        gone: list[str] = []
-        left = total
-        while len(gone) < self.blocks or (not self.blocks and left > target):
-            if len(gone) == len(order) - 1:
-                raise BudgetError(
-                    f"ShortGPT: {left:,} of {total:,} parameters are left with one block. Ask for more, or cut widths, too."
-                )
-            name = order[len(gone)]
-            gone.append(name)
-            left -= sizes[name]
+        gone, left = self._chosen(model, structure, order, total, target)
+        held: list[str] = []  # what nothing works without
+        while gone and not can_drop(model, gone):
+            found_out = [name for name in gone if not can_drop(model, [name])]
+            if not found_out:
+                break  # `apply` says why
+            held += found_out
+            gone, left = self._chosen(model, structure, [name for name in order if name not in held], total, target)
         said = f"{left:,} of {total:,} parameters stay ({left / total:.2%}) without {len(gone)} of {len(order)} blocks."
+        notes = [said]
+        if held:
+            notes.append(f"kept, since the model cannot be built without: {', '.join(held)}.")
         layers = {name: Treatments(drop=True) for name in scores if name in {*gone}}
         budget = Budget() if self.blocks else Budget(parameters=target)
         facts = facts_of(model, structure)
-        return Plan(model=facts, method=self, budget=budget, layers=layers, scores=scores, notes=(said,))
+        return Plan(model=facts, method=self, budget=budget, layers=layers, scores=scores, notes=tuple(notes))
+
+    def _chosen(
+        self, model: nn.Module, structure: Structure, order: Sequence[str], total: int, target: int
+    ) -> tuple[list[str], int]:
+        """The first blocks of this order that are enough, without the last one of any stack, and the parameters that are left."""
+        remain = {block.name: stack.name for stack in structure.stacks for block in stack.blocks}
+        gone: list[str] = []
+        left = total
+        for name in order:
+            if len(gone) >= self.blocks and (self.blocks or left <= target):
+                return gone, left
+            if [*remain.values()].count(remain[name]) > 1:
+                del remain[name]
+                gone.append(name)
+                left -= sum(one.numel() for one in model.get_submodule(name).parameters())
+        if len(gone) < self.blocks or (not self.blocks and left > target):
+            raise BudgetError(
+                f"ShortGPT: {left:,} of {total:,} parameters are left without the {len(gone)} of {len(order)} blocks that can go."
+                " Ask for more, or cut widths, too."
+            )
+        return gone, left

@@ -4,7 +4,7 @@ from .apply import Applied, apply, changes_shapes, kept_by
 from .channels import shrink_channels, zero_channels
 from .crop import crop, image_of, widths_in
 from .cut import Keep, cut_units, shrink, zero_out
-from .depth import drop_blocks
+from .depth import can_drop, drop_blocks
 from .hidden import cut_hidden
 from .narrow import GLOBAL_READS, REMOTE_MODULE, is_narrow, narrow, register, said_by_layer, settle, widths_of
 from .uniform import uniform_widths
@@ -15,6 +15,7 @@ __all__ = [
     "Applied",
     "Keep",
     "apply",
+    "can_drop",
     "changes_shapes",
     "crop",
     "cut_hidden",

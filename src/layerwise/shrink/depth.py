@@ -28,6 +28,15 @@ def drop_blocks(model: nn.Module, names: Sequence[str]) -> None:
         settle(model)
 
 
+def can_drop(model: nn.Module, names: Sequence[str]) -> bool:
+    """Whether the model can be built without these blocks: a T5 cannot without a first block, which holds its position biases."""
+    try:
+        check_drops(model, names)
+    except ModelError:
+        return False
+    return True
+
+
 def check_drops(model: nn.Module, names: Sequence[str]) -> list[tuple[Stack, list[int], Any]]:
     """For each stack that loses blocks: which stay, and the config that then says so (None without one). Raises as `drop_blocks`."""
     stacks = structure_of(model).stacks
