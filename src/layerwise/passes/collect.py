@@ -107,7 +107,7 @@ class Collector:
         self._batches += 1
         self.calls = {}
         self._seen.clear()
-        self._mask = mask_of(one.batch, one.block or "")
+        self._mask = mask_of(self.model, one.batch, one.block or "")
         if self._watch is not None:
             self._watch.real = real_of(self._mask)
             self._watch.picked = None

@@ -1,12 +1,13 @@
 """The rows that a layer's matrices are multiplied with: its input, flattened to (tokens, columns) for each matrix."""
 
-from collections.abc import Mapping
 from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..structure import Layer
+from ..tasks.batches import Batch, has_encoder
+from ..tasks.losses import IGNORED
 
 Geometry = tuple[object, ...]  # two layers with one input tensor and equal geometry share their rows
 
@@ -53,15 +54,21 @@ def _zero_padding(module: nn.modules.conv._ConvNd) -> list[int]:
     return [size for one in reversed(sizes) for size in (one, one)]
 
 
-def mask_of(batch: Mapping[str, Tensor], path: str) -> Tensor | None:
-    """The attention mask of the tokens that the module of this path sees.
+def mask_of(model: nn.Module, batch: Batch, path: str) -> Tensor | None:
+    """The attention mask of the tokens that the module of this path sees, 0 at padding.
 
     Of an encoder-decoder model the decoder's tokens have a mask of their own, and the head sees those; OPT too calls its only stack a
-    decoder, and a BERT that decodes has an encoder inside.
+    decoder, and a BERT that decodes has an encoder inside. A model that is given nothing for its decoder feeds it the labels, moved on by
+    one, or, where those are no tokens, its own input (a BART that classifies).
     """
     sides = (part for part in path.split(".") if part.endswith(("encoder", "decoder")))
-    decoder = "decoder_input_ids" in batch and next(sides, "decoder").endswith("decoder")
-    return batch.get("decoder_attention_mask" if decoder else "attention_mask")
+    fed = "decoder_input_ids" in batch
+    if not (fed or has_encoder(model)) or not next(sides, "decoder").endswith("decoder"):
+        return batch.get("attention_mask")
+    mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    if fed or mask is not None:
+        return mask
+    return labels != IGNORED if labels is not None and labels.ndim == 2 else batch.get("attention_mask")
 
 
 def real_of(mask: Tensor | None) -> Tensor | None:

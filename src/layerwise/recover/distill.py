@@ -220,7 +220,7 @@ class Distillation:
             yield errors
         for name, other in pairs:
             target = theirs[other].to(ours[name].device)
-            errors.append(relative_error(ours[name], target, valid_tokens(batch, target, name)))
+            errors.append(relative_error(ours[name], target, valid_tokens(student, batch, target, name)))
         self.parts["hidden"] = float(sum(error.detach() for error in errors))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, ModelError
 from ..passes.rows import mask_of
 from ..structure import structure_of
+from ..tasks.batches import Batch
 
 
 def relative_error(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -77,9 +78,9 @@ def outputs_of(model: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, Te
             handle.remove()
 
 
-def valid_tokens(batch: Mapping[str, Tensor], like: Tensor, block: str) -> Tensor | None:
+def valid_tokens(model: nn.Module, batch: Batch, like: Tensor, block: str) -> Tensor | None:
     """True for tokens that are no padding, where the batch says so of what this block gives, of this shape; (batch, tokens) bool."""
-    mask = mask_of(batch, block)
+    mask = mask_of(model, batch, block)
     if mask is None or mask.shape != like.shape[:2]:
         return None
     return mask.to(like.device).to(torch.bool)

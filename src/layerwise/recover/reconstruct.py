@@ -156,7 +156,7 @@ def _error(block: SolvedBlock, forms: dict[str, Form], index: int) -> Tensor:
     found = block.outputs(functional_call(block.module, weights, args, kwargs))
     batch, targets = block.batch(index), block.target(index)
     errors = [
-        relative_error(one, wanted, valid_tokens(batch, wanted, block.name))
+        relative_error(one, wanted, valid_tokens(block.model, batch, wanted, block.name))
         for one, wanted in zip(found, targets, strict=True)
     ]
     return torch.stack(errors).mean()

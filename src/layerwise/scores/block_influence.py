@@ -56,7 +56,7 @@ def turns(model: nn.Module, data: Batches, structure: Structure, through: Mappin
             outputs = []
             with at_hand(model, name):
                 for one in standing:
-                    mask = mask_of(one.batch, name)
+                    mask = mask_of(model, one.batch, name)
                     before = _rows(_first_state(one.arguments), mask)  # a copy: a block may write into its input
                     outputs.append(one.run())
                     left = _like(_first_state(one.arguments), outputs[-1])

@@ -126,7 +126,7 @@ def _seen(model: nn.Module, data: Sequence[Batch], groups: Sequence[Group], kind
             )
         width = model.get_parameter(name).shape[_dim(group)]
         found[name] = kind.of(width)
-        handles.append(module.register_forward_pre_hook(_counting(found[name], batches, group.block)))
+        handles.append(module.register_forward_pre_hook(_counting(found[name], model, batches, group.block)))
     try:
         with left_alone([model]), torch.no_grad():
             for index, batch in enumerate(data):
@@ -181,10 +181,12 @@ def _dim(group: Group) -> int:
     return next(part.dim for part in group.parts if part.side == "in")
 
 
-def _counting(into: Seen, batches: list[Batch], block: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _counting(
+    into: Seen, model: nn.Module, batches: list[Batch], block: str
+) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         rows = inputs[0].detach()
-        mask = mask_of(batches[0], block)
+        mask = mask_of(model, batches[0], block)
         if mask is None or mask.ndim != 2 or rows.shape[:-1] not in (mask.shape, mask.flatten().shape):
             into.meet(list(rows.reshape(-1, *rows.shape[-2:])))
             return

@@ -97,6 +97,13 @@ def call(model: nn.Module, batch: Batch) -> object:
     return model(**arguments)
 
 
+def has_encoder(model: nn.Module) -> bool:
+    """Whether it has an encoder and a decoder, or its language model has."""
+    config = getattr(model, "config", None)
+    parts = (config, getattr(config, "text_config", None))
+    return any(getattr(part, "is_encoder_decoder", False) is True for part in parts)
+
+
 def _has_cache(model: nn.Module) -> bool:
     """Whether the config, or that of the language model inside, knows the word."""
     config = getattr(model, "config", None)

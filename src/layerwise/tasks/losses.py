@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from ..errors import DataError, ModelError
-from .batches import Batch, call
+from .batches import Batch, call, has_encoder
 
 Loss = Callable[[nn.Module, Batch], Tensor]  # a float32 scalar, with gradients where they are on
 IGNORED = -100  # a label that does not count, as in torch and transformers
@@ -33,7 +33,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     Raises DataError if the batch lacks labels that this model needs, or labels do not fit; ModelError if the model's output is none that a
     loss is known for.
     """
-    writes, encodes = _generates(model, batch), _encodes(model)
+    writes, encodes = _generates(model, batch), has_encoder(model)
     labels = batch.get("labels")
     if writes and encodes and labels is None and "decoder_input_ids" not in batch:
         raise DataError(_lacks(model, batch, "labels", "which token ids the decoder writes"))
@@ -61,7 +61,7 @@ def targets_of(model: nn.Module, batch: Batch) -> Tensor | None:
     """
     labels = batch.get("labels")
     if _generates(model, batch):
-        if not _encodes(model):
+        if not has_encoder(model):
             return _next(_causal(model, batch))
         if labels is None and "decoder_input_ids" not in batch:
             raise DataError(_lacks(model, batch, "labels", "which token ids the decoder writes"))
@@ -173,13 +173,6 @@ def _takes_labels(model: nn.Module, batch: Batch, writes: bool, encodes: bool) -
     return not (
         classes and hasattr(model, "can_generate")
     )  # `call` leaves them out where a plain module does not know them
-
-
-def _encodes(model: nn.Module) -> bool:
-    """Whether it has an encoder and a decoder, or its language model has."""
-    config = getattr(model, "config", None)
-    parts = (config, getattr(config, "text_config", None))
-    return any(getattr(part, "is_encoder_decoder", False) is True for part in parts)
 
 
 def _image_tokens(model: nn.Module) -> list[int]:
