@@ -233,3 +233,46 @@ def test_the_stock_trainer(tmp_path):
     assert len(optimizer.state) == len([one for one in model.parameters() if one.requires_grad])
     with pytest.raises(ConfigError, match="no group for layer"):
         Trainer(model, arguments, train_dataset=rows, callbacks=[balance.callback()]).train()
+
+
+def test_a_run_resumed_within_an_epoch_trains_as_it_would_have(tmp_path):
+    pytest.importorskip("accelerate", reason="the stock Trainer needs it: layerwise[train]")
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    def run(folder, stop=None, resume=None):
+        model = MODELS["llama"]()
+        rows = [
+            {"input_ids": ids, "labels": ids}
+            for ids in (inputs_for("llama", model, seed=i)["input_ids"][0] for i in range(6))
+        ]
+        balance = TempBalance(model, look=FEW)
+        optimizer = torch.optim.SGD(balance.groups(), lr=0.3, momentum=0.9)
+
+        class Stop(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == stop:
+                    control.should_save = control.should_training_stop = True
+
+        arguments = TrainingArguments(
+            str(tmp_path / folder), num_train_epochs=2, per_device_train_batch_size=2, save_strategy="no", report_to=[],
+            disable_tqdm=True, logging_strategy="no", use_cpu=True, seed=0,
+        )  # fmt: skip
+        callbacks = [balance.callback(), Stop()]
+        Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None), callbacks=callbacks).train(
+            resume_from_checkpoint=resume
+        )
+        return model
+
+    whole = run("whole")
+    for stop in (2, 3):  # within the first epoch, and at its end
+        run(f"cut{stop}", stop=stop)
+        again = run(f"cut{stop}", resume=str(tmp_path / f"cut{stop}" / f"checkpoint-{stop}"))
+        assert all(torch.equal(one, two) for one, two in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_only_stems_and_heads_are_ends():
+    """A tied head is the embedding's table: the last matrix of the last block is no head."""
+    tied, untied = MODELS["gpt2"](), MODELS["llama"]()
+    assert TempBalance(tied).layers[-1].name == "transformer.h.1.mlp.c_proj"
+    names = [layer.name for layer in TempBalance(untied).layers]
+    assert (names[0], names[-1]) == ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")

@@ -143,20 +143,39 @@ class TempBalance:
         ]
 
     def callback(self) -> Any:
-        """For the stock transformers Trainer: updates before each epoch, watches the optimiser, stops watching at the end."""
+        """For the stock transformers Trainer: updates before each epoch, watches the optimiser, stops watching at the end.
+
+        Checkpoints hold the factors (in `trainer_state.json`), so that a run resumed within an epoch trains as it would have.
+        """
         from transformers import TrainerCallback
+        from transformers.trainer_callback import ExportableState
 
         balance = self
 
-        class TempBalanceCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+        class TempBalanceCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers is not typed
             handles: tuple[RemovableHandle, ...] = ()
+            epoch: int | None = None  # that the factors are of
+
+            def state(self) -> dict[str, Any]:
+                return {
+                    "args": {},
+                    "attributes": {"factors": balance.factors, "alphas": balance.alphas, "epoch": self.epoch},
+                }
 
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                self.epoch = None
+                stored = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+                if stored is not None:
+                    held = stored["attributes"]
+                    balance.factors, balance.alphas, self.epoch = held["factors"], held["alphas"], held["epoch"]
                 optimizer = kwargs["optimizer"]
                 self.handles = tuple(balance.watch(getattr(optimizer, "optimizer", optimizer)))  # accelerate wraps it
 
             def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                balance.update()
+                epoch = int(state.epoch + 1e-6)
+                if epoch != self.epoch:  # else it was resumed within this one
+                    balance.update()
+                    self.epoch = epoch
 
             def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 for handle in self.handles:
@@ -187,11 +206,12 @@ class TempBalance:
 
 
 def _tuned(model: nn.Module, ends: bool) -> list[Layer]:
-    """The trained linears, convolutions and experts in the order of the model."""
+    """The trained linears, convolutions and experts in the order of the model; without `ends` no stem and no head, which are in no
+    block (a language model's stem is a table, which is none of these, and so may its head be)."""
     every = in_order(model, structure_of(model, include=["*"]))
     layers = [layer for layer in every if layer.kind not in ("embedding", "table")]
-    inner = layers if ends else layers[1:-1]
-    found = [layer for layer in inner if _trained(parameter_of(model, layer))]
+    outer = [] if ends else [layer for layer in (*layers[:1], *layers[-1:]) if layer.block is None]
+    found = [layer for layer in layers if layer not in outer and _trained(parameter_of(model, layer))]
     if not found:
         raise ModelError(
             f"{type(model).__name__}: of its {len(layers)} linears and convolutions none is trained and neither first nor last."
