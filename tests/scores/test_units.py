@@ -1,5 +1,7 @@
 """Taylor scores of heads and channels: identities of signed sums, credits under grouped queries, forms."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -85,6 +87,25 @@ def test_forms():
         assert (second[name] > 0).all()
         # g^2 is small beside g (issue 23 of LLM-Pruner): mixed is first, but that its gradients are means over batches
         torch.testing.assert_close(mixed[name] * len(data), scores, rtol=0.2, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1.0, 5e4])  # at the second the gradients of blocks are above the largest float16
+def test_float16_models_are_scored_in_float32(scale):
+    model, structure, groups = grouped()
+    with torch.no_grad():
+        if scale > 1:
+            model.model.embed_tokens.weight.mul_(1e-3)
+            model.lm_head.weight.mul_(scale)
+            for block in model.model.layers:
+                block.mlp.down_proj.weight.mul_(1e-3)
+                block.self_attn.o_proj.weight.mul_(1e-3)
+    data, half = text(model), model.half()
+    before = {name: value.clone() for name, value in half.state_dict().items()}
+    scores = unit_taylor(half, data, groups, structure)
+    assert all(torch.equal(value, before[name]) for name, value in half.state_dict().items())
+    assert half.dtype == torch.float16
+    for name, wide in unit_taylor(copy.deepcopy(half).float(), data, groups, structure).items():
+        torch.testing.assert_close(scores[name], wide)
 
 
 def test_more_batches_alike_change_no_order_and_half_precision_does_not_underflow():

@@ -31,11 +31,12 @@ def gradients(
     """Layer name -> gradient of the loss, float32 in the stored shape, summed over the batches; zeros where the loss does not look.
 
     weights: parameter name -> values to use instead of the model's. temperature: divides the logits before the loss. Beside the model
-    and its activations it holds the result, 4 bytes for each weight, and one layer's gradient.
+    and its activations it holds the result, 4 bytes for each weight, and one layer's gradient; of a float16 model, which is computed in
+    float32, 4 bytes more.
     Raises DataError without batches, ModelError for a model that is not in memory, WalkError naming the batch it cannot run on, and what
     the loss raises; ScoreError naming the layer where a gradient is not finite.
     """
-    with Stage(model, data, structure, weights=weights, temperature=temperature, loss=loss) as stage:
+    with Stage(model, data, structure, weights=weights, temperature=temperature, loss=loss, wide=True) as stage:
         total = stage.zeros()
         for index, batch in enumerate(data):
             tell(index, len(data), f"gradient of batch {index}")
@@ -64,7 +65,7 @@ def hessian_products(
     # the fused attention kernels have no second derivative
     with (
         part(1, 2),
-        Stage(model, data, structure, temperature=temperature, loss=loss) as stage,
+        Stage(model, data, structure, temperature=temperature, loss=loss, wide=True) as stage,
         sdpa_kernel(SDPBackend.MATH),
     ):
         for name, leaf in stage.leaves.items():
@@ -121,6 +122,6 @@ def _finite(total: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, gradient in total.items():
         if not torch.isfinite(gradient.sum()) and not gradient.isfinite().all():
             raise ScoreError(
-                f'layer "{name}": its gradient is not finite. float32 or bfloat16 overflow less than float16.'
+                f'layer "{name}": its gradient is not finite. Check the weights and the data for overflow.'
             )
     return total

@@ -49,7 +49,8 @@ class Stage:
 
     weights: parameter name -> values to use instead of the model's. temperature: divides the logits before the loss. by_batch: batch
     norms normalise by the batch, as they do before any training, when their running statistics mean nothing; all else is in
-    evaluation mode. Raises DataError without batches, ModelError for a model that is not in memory.
+    evaluation mode. wide: compute in float32 where tensors are float16, whose gradients underflow and overflow; takes 4 bytes for each of
+    their numbers. Raises DataError without batches, ModelError for a model that is not in memory.
     """
 
     def __init__(
@@ -62,19 +63,22 @@ class Stage:
         temperature: float = 1.0,
         loss: Loss = loss_of,
         by_batch: bool = True,
+        wide: bool = False,
     ) -> None:
         if not len(data):
             raise DataError("a gradient needs batches with what the loss is taken of; there are none.")
         check_whole(model, "a gradient")
-        self.model, self.temperature = model, temperature
+        self.model, self.temperature, self.wide = model, temperature, wide
         self._logits: Tensor | None = None  # of a pass, divided by the temperature
         self._used = temperature == 1  # whether the loss is taken from them
-        self._tensors = {n: (weights or {}).get(n, parameter).detach() for n, parameter in model.named_parameters()}
+        self._tensors = {
+            n: self._widened((weights or {}).get(n, parameter).detach()) for n, parameter in model.named_parameters()
+        }
         first = {id(parameter): name for name, parameter in model.named_parameters()}  # of the names of a tied tensor
         self.leaves = {
             layer.name: self._tensors[first[id(parameter_of(model, layer))]].requires_grad_() for layer in structure
         }
-        self._tensors |= {name: buffer.clone() for name, buffer in model.named_buffers()}
+        self._tensors |= {name: self._widened(buffer.clone()) for name, buffer in model.named_buffers()}
         self._whole = _Loss(model, loss)
         self._context = left_alone([model], by_batch=by_batch)
 
@@ -91,6 +95,7 @@ class Stage:
     def loss(self, batch: Batch, index: int) -> Tensor:
         """Of one batch, with its graph. Raises ScoreError if it is not finite, ModelError if it depends on no chosen layer, DataError
         for a single example where batch norms see one value of each channel, WalkError if the model cannot run on it."""
+        batch = {name: self._widened(value) for name, value in batch.items()}
         renamed = {f"model.{name}": tensor for name, tensor in self._tensors.items()}
         try:
             with torch.enable_grad():
@@ -121,6 +126,9 @@ class Stage:
         value = self.loss(batch, index)
         with running(index), handed_over(self.leaves, take):
             value.backward(torch.full_like(value, scale), inputs=list(self.leaves.values()))  # type: ignore[no-untyped-call]
+
+    def _widened(self, tensor: Tensor) -> Tensor:
+        return tensor.float() if self.wide and tensor.dtype == torch.float16 else tensor
 
     def zeros(self) -> dict[str, Tensor]:
         """Layer name -> float32 zeros in the stored shape."""
