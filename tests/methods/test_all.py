@@ -160,6 +160,27 @@ def test_the_budget_is_met_exactly(row, name):
         plan.check(layers, fingerprint=structure_of(MODELS[name]()).fingerprint)
 
 
+@rows
+def test_empty_matrices_are_passed_by(row):
+    """What a cut left without channels has nothing to give up, and is nothing to trip over."""
+    model = MODELS["llama"]()
+    mlp, hidden = model.model.layers[0].mlp, model.config.hidden_size
+    mlp.gate_proj, mlp.up_proj = (torch.nn.Linear(hidden, 0, bias=False) for _ in range(2))
+    mlp.down_proj = torch.nn.Linear(0, hidden, bias=False)
+    structure = structure_of(model)
+    assert len(structure.layers) == 11
+    assert {reason for layer, reason in structure.left_out if not layer.size} == {"it is empty"}
+    plan = made(row, 0.37).plan(model, data_for("llama", model))
+    assert list(plan.layers) == [layer.name for layer in structure]
+    meets_its_budget(plan, structure.layers, row)
+    compress(
+        model,
+        plan,
+        solver=solvers.RoundToNearest() if row.bits else Magnitude(),
+        data=data_for("llama", model),
+    )
+
+
 @in_bits
 @models
 def test_bits_stay_within_the_budget(row, name):

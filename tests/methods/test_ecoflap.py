@@ -10,7 +10,7 @@ from layerwise.errors import BudgetError, ConfigError, DataError, ModelError
 from layerwise.methods import ECoFLaP, Uniform
 from layerwise.methods import ecoflap as module
 from layerwise.plan import Plan
-from layerwise.scores import first_order_gradient, zeroth_order_gradient
+from layerwise.scores import first_order_gradient, watched, zeroth_order_gradient
 from layerwise.solvers import Magnitude, Wanda
 from layerwise.structure import groups_of, structure_of, towers_of
 from layerwise.tasks.batches import Batches
@@ -280,3 +280,15 @@ def test_scores_of_one_plan_serve_another_sparsity():
     assert most.plan(model, data, scores=scores).layers == most.plan(model, data).layers
     with pytest.raises(ConfigError, match=r'none for "model\.layers\.0" '):
         most.plan(model, data, scores={name: score for name, score in scores.items() if name != "model.layers.0"})
+
+
+def test_what_is_in_no_group_is_not_scored():
+    """A pass over the whole model for each: layers outside the blocks have no part in the sums of blocks."""
+    model = MODELS["llama"]()
+    structure, told = structure_of(model, include=["*"]), []
+    assert structure.outside
+    data = batches_for("llama", model)
+    with watched(lambda done, total, now: told.append(now)):
+        ECoFLaP(granularity="block").plan(model, data, structure=structure)
+    asked = {line.partition(",")[0] for line in told if line}
+    assert asked == {layer.name for block in structure.blocks for layer in block.layers}

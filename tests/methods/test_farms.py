@@ -169,7 +169,7 @@ def test_equal_blocks_are_uniform_and_say_so():
     first, second = model.model.layers
     second.load_state_dict(first.state_dict())
     plan = FARMS().plan(model)
-    assert plan.notes == ("all alphas are equal: uniform",)
+    assert plan.notes[1:] == ("all alphas are equal: uniform",)
     assert {round(entry.prune.sparsity, 2) for entry in plan.layers.values()} == {0.7}
 
 
@@ -180,6 +180,41 @@ def test_tables_alone_have_windows_of_their_shortest_side():
     assert [layer.kind for layer in structure] == ["table"]
     plan = FARMS(window=0, per="layer", fit="mid").plan(model, structure=structure)
     assert dict(plan.scores) == alpha_hill(model, structure, Look(Windows(12), "mid"))
+
+
+def test_matrices_smaller_than_the_windows_are_noted():
+    plan = FARMS(fit="mid").plan(MODELS["llama"]())
+    assert plan.notes == (
+        "14 of 14 matrices are smaller than windows of 2000 rows: theirs have 16 to 32. window=0 gives all the shortest side, 16.",
+    )
+    assert FARMS(fit="mid", window=0).plan(MODELS["llama"]()).notes == (
+        "windows of 16 rows, the shortest side of all matrices.",
+    )
+    assert FARMS(fit="mid", window=10).plan(MODELS["llama"]()).notes == ()
+
+
+def test_the_shortest_side_is_that_of_matrices_that_windows_are_cut_from():
+    """Not of ConvNeXt's depthwise kernels, which are one row a group, nor of layers outside the blocks."""
+    model = MODELS["convnext"]()
+    structure = structure_of(model, include=["*"])
+    linears = [layer for block in structure.blocks for layer in block.layers if layer.kind == "linear"]
+    side = min(min(layer.rows, layer.columns) for layer in linears)
+    assert side > 1
+    plan = FARMS(fit="mid", window=0).plan(model, structure=structure)
+    assert plan.notes[0] == f"windows of {side} rows, the shortest side of all matrices."
+    inside = {layer.name for block in structure.blocks for layer in block.layers}
+    assert {*plan.scores} <= inside
+
+
+def test_a_matrix_of_low_rank_has_no_alpha_and_says_so():
+    model = MODELS["llama"]()
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    with torch.no_grad():
+        weight.copy_(weight[:, :2] @ weight[:2])
+    for fit in ("peak", "mid", "full"):
+        plan = AlphaPruning(fit=fit).plan(model)
+        assert "model.layers.0.self_attn.q_proj" not in plan.scores
+        assert plan.notes[0].endswith("no alpha: 2 eigenvalues that are not zero, fewer than 5")
 
 
 def test_windows_that_do_not_fit_are_noted():

@@ -17,7 +17,7 @@ the solver serves both).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast, get_args
 
 import torch
@@ -114,7 +114,8 @@ class ECoFLaP:
         low, high = self.min_sparsity, cast(float, self.max_sparsity)
         check_feasible(sizes_of(structure), self.sparsity, low, high)  # before the work
         if scores is None:
-            scores = self._over_groups(self._scored(model, data, structure), groups)
+            scored = structure if self.granularity == "layer" else replace(structure, outside=())  # no group has those
+            scores = self._over_groups(self._scored(model, data, scored), groups)
         elif missing := sorted(groups.keys() - scores.keys()):
             raise ConfigError(
                 f'scores: none for "{missing[0]}" ({len(missing)} such). Give those of a plan of this model.'

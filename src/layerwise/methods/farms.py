@@ -9,6 +9,7 @@ divides the list of layers by their number). D5 one window along a side is the m
 and up) are one matrix, as they are stored.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +21,7 @@ from ..scores import Fit, Look, Windows
 from ..structure import Structure
 from ..tasks.batches import Batches
 from .assemble import found
-from .heavy_tails import Excess, Per, check_settings, plan_by_tails
+from .heavy_tails import Excess, Per, check_settings, looked_at, plan_by_tails
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,23 @@ class FARMS:
     def plan(self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None) -> Plan:
         """See `Method.plan`; data is not looked at. Raises ScoreError naming a layer whose weight is not finite."""
         structure = found(model, structure)
-        matrices = [layer for layer in structure if layer.kind != "table"] or list(structure)
-        rows = self.window or min(min(layer.rows, layer.columns) for layer in matrices)
+        cut = [layer for layer in looked_at(self, structure) if layer.kind != "conv"]  # those have windows of their own
+        cut = [layer for layer in cut if layer.kind != "table"] or cut
+        sides = [min(layer.rows, layer.columns) for layer in cut]
+        rows = self.window or min(sides, default=Windows.rows)
         look = Look(Windows(rows, self.aspect, self.windows, self.sample), self.fit)
-        return plan_by_tails(self, model, structure, look)
+        return plan_by_tails(self, model, structure, look, _said(self.window, rows, sides))
+
+
+def _said(asked: int, rows: int, sides: Sequence[int]) -> list[str]:
+    """What the windows came to be, where they are not what was asked for."""
+    if not asked and sides:
+        return [f"windows of {rows} rows, the shortest side of all matrices."]
+    smaller = [side for side in sides if side < rows]
+    if not smaller:
+        return []
+    short = f"{min(smaller)} to {max(smaller)}" if min(smaller) < max(smaller) else f"{smaller[0]}"
+    return [
+        f"{len(smaller)} of {len(sides)} matrices are smaller than windows of {rows} rows: theirs have {short}. window=0 gives all the"
+        f" shortest side, {min(sides)}."
+    ]

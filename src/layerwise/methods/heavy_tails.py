@@ -13,7 +13,7 @@ from ..allocate import check_feasible, linear_factors, water_fill
 from ..errors import ConfigError, ModelError
 from ..plan import Plan
 from ..scores import FITS, Fit, LayerTail, Look, layer_tails
-from ..structure import Structure, groups_of
+from ..structure import Layer, Structure, groups_of
 from .assemble import found, plan_of, sizes_of
 from .base import Method, check_sparsities
 
@@ -69,18 +69,25 @@ def _check_clamp(method: ByAlpha) -> None:
         )
 
 
-def plan_by_tails(method: ByAlpha, model: nn.Module, structure: Structure | None, look: Look) -> Plan:
+def looked_at(method: ByAlpha, structure: Structure) -> list[Layer]:
+    """The layers whose alphas count: those outside the blocks get the target where sparsity is shared out over blocks."""
+    return [layer for layers in groups_of(structure, method.per).values() for layer in layers]
+
+
+def plan_by_tails(
+    method: ByAlpha, model: nn.Module, structure: Structure | None, look: Look, said: Sequence[str] = ()
+) -> Plan:
     """One sparsity per block, or per layer: the target times 1 ± spread, larger where alpha is. The plan's scores are alphas (low = keep).
 
     A block's alpha is the mean of its layers'. Layers without one, and blocks without such layers, are named in the plan's notes; a block
-    without any gets the target, as layers outside the blocks do.
+    without any gets the target, as layers outside the blocks do. said: notes of the method's own.
     """
     structure = found(model, structure)
     sizes = sizes_of(structure)
     groups = _groups(method, model, structure)
     if method.excess == "fill":
         check_feasible(sizes, method.sparsity, method.min_sparsity, method.max_sparsity)  # before the work
-    tails = list(layer_tails(model, structure, look))
+    tails = list(layer_tails(model, looked_at(method, structure), look))
     alphas = {tail.name: tail.alpha for tail in tails if tail.alpha is not None}
     by_group = group_alphas(alphas, groups)
     held = {group: sum(sizes[name] for name in groups[group]) for group in by_group}
@@ -92,7 +99,7 @@ def plan_by_tails(method: ByAlpha, model: nn.Module, structure: Structure | None
     if method.excess == "clamp":  # its budget is what comes out
         low, high = 0.0, 1.0
         target = math.fsum(sparsities[name] * size for name, size in sizes.items()) / sum(sizes.values())
-    return plan_of(method, model, structure, target, sparsities, low, high, alphas, (*notes, *more))
+    return plan_of(method, model, structure, target, sparsities, low, high, alphas, (*said, *notes, *more))
 
 
 def group_alphas(alphas: Mapping[str, float], groups: Mapping[str, Sequence[str]]) -> dict[str, float]:

@@ -6,7 +6,7 @@ no gradients, no forward pass. The kernels are in `spectra.py` and `tail_fit.py`
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,13 +17,13 @@ from ..errors import ScoreError
 from ..passes import weight_at_hand
 from ..structure import Layer, Structure, as_matrices
 from .alpha_cache import alphas_folder, fingerprint_of, keep, recall
-from .spectra import Windows, blurred, slice_spectra, spectrum, window_spectrum
+from .spectra import TINY, Windows, blurred, slice_spectra, spectrum, window_spectrum
 from .tail_fit import Fit, TailFit, fit_tail
 from .watching import tell
 
 FEWEST = 5  # eigenvalues without which a layer is skipped, as in FARMS; TempBalance asks for 50
 FARMS = Windows()
-_FORM = 1  # of the computation: another number makes every alpha that was kept a stranger
+_FORM = 2  # of the computation: another number makes every alpha that was kept a stranger
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,19 @@ def alpha_hill(
 
 def layer_tails(
     model: nn.Module,
-    structure: Structure,
+    structure: Iterable[Layer],
     look: Look | None = None,
     cache: str | Path | None = None,
     *,
     spectra: bool = False,
 ) -> Iterator[LayerTail]:
-    """Each layer of `structure` in the order of the model, one weight in memory at a time where the model is streamed.
+    """Each layer of `structure`, or of a list of layers, in that order, one weight in memory at a time where the model is streamed.
 
     cache: a folder of alphas computed before (None: the one of `alphas_kept`, or none). spectra: compute them in any case, for pictures.
     """
     look = look or Look()
     folder = alphas_folder() if cache is None else Path(cache)
-    layers, problem = structure.layers, ""
+    layers, problem = tuple(structure), ""
     for done, layer in enumerate(layers):
         tell(done, len(layers), layer.name)
         weight = weight_at_hand(model, layer.parameter)
@@ -111,6 +111,9 @@ def layer_tail(weight: Tensor, layer: Layer, look: Look) -> LayerTail:
         raise ScoreError(f'layer "{layer.name}": {error}') from error
     if min(map(len, found)) < look.fewest:
         return LayerTail(layer.name, None, f"no alpha: {min(map(len, found))} eigenvalues, fewer than {look.fewest}")
+    real = min(int((values > TINY * values[-1]).sum()) for values in found)
+    if 1 < real < look.fewest:  # of fewer `fit_tail` speaks
+        return LayerTail(layer.name, None, f"no alpha: {real} eigenvalues that are not zero, fewer than {look.fewest}")
     try:
         fits = tuple(fit_tail(values, look.fit) for values in found)
     except ScoreError as error:

@@ -140,6 +140,8 @@ def _without_twins(weights: Sequence[Layer], refused: dict[str, str]) -> tuple[l
     taken: dict[str, str] = {}
     for layer in weights:
         reason = refused.get(layer.parameter)
+        if reason is None and not layer.size:
+            reason = "it is empty"
         if reason is None and layer.parameter in taken:
             reason = f'tied to "{taken[layer.parameter]}"'
         if reason is None:
