@@ -102,3 +102,27 @@ def test_a_caller_that_stops_finds_the_model_dense(made):
     assert (model.get_parameter("model.layers.0.mlp.up_proj.weight") == 0).any()  # pruned while the cell is shown
     walk.close()
     assert all(torch.equal(tensor, dense.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_cell_that_cannot_be_made_is_told_and_the_others_go_on(made):
+    model, drawn, windows = made
+    dense = copy.deepcopy(model)
+
+    class Broken(Uniform):
+        def plan(self, model, data=None, *, structure=None):
+            raise RuntimeError("CUDA out of memory")
+
+    recipes = [Recipe(name, kind(), 0.5, 0, Magnitude()) for name, kind in (("broken", Broken), ("uniform", Uniform))]
+    told = []
+    asked = {"calibration": drawn.__getitem__, "held_out": windows, "structure": structure_of(model)}
+    done = list(
+        cells(model, dense, recipes, **asked, failed=lambda recipe, error: told.append((recipe.name, str(error))))
+    )
+    assert [one.recipe.name for one in done] == ["uniform"]
+    assert told == [("broken", "CUDA out of memory")]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(cells(model, dense, recipes, **asked))
+
+
+def test_verdict_without_uniform():
+    assert verdict(rows([cell("owl", 18.0)])).endswith("owl is best, with no uniform to hold it against.")

@@ -61,7 +61,12 @@ Pattern = Annotated[
 ]
 Set = Annotated[
     list[str] | None,
-    _option(HOW, "NAME=VALUE", "A setting of the method, e.g. spread=0.1 (repeatable).", "--set"),
+    _option(
+        HOW,
+        "NAME=VALUE",
+        "A setting of the method, e.g. spread=0.1 (repeatable). compare gives it to each method that has it.",
+        "--set",
+    ),
 ]
 For = Annotated[
     str | None,

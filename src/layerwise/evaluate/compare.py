@@ -16,6 +16,7 @@ from torch import nn
 
 from ..engine import Event, Settings
 from ..engine import compress as prune
+from ..errors import LayerwiseError
 from ..plan import Plan
 from ..solvers import Solver
 from ..structure import Structure
@@ -98,11 +99,13 @@ def cells(
     settings: Settings | None = None,
     progress: Callable[[Working], None] | None = None,
     walk_progress: Callable[[Event], None] | None = None,
+    failed: Callable[[Recipe, Exception], None] | None = None,
 ) -> Iterator[Cell]:
     """Make and measure cell after cell; `model` equals `dense` again after each, also if the caller stops.
 
     calibration: seed -> the windows drawn with it. A plan is made once for all
-    solvers that its method is set up alike for; its time counts for each.
+    solvers that its method is set up alike for; its time counts for each. failed: told of a cell that could not be made (an error
+    of ours, or torch's for lack of memory), and the others go on; without it such an error ends the comparison.
     Errors as of the methods, `compress` and `evaluate`.
     """
     recipes, settings = list(recipes), settings or Settings()
@@ -111,26 +114,43 @@ def cells(
         say = _teller(progress, recipe, number, len(recipes))
         data = calibration(recipe.seed)
         try:
-            with peak_memory() as peak:
-                key = recipe.name, recipe.seed, repr(recipe.method)  # a method may be set up for its solver
-                if key not in plans:
-                    say("planning")
+            try:
+                with peak_memory() as peak:
+                    plan, planning = _planned(recipe, plans, model, data, structure, say)
+                    say("pruning")
                     started = time.perf_counter()
-                    made = recipe.method.plan(model, data, structure=structure)
-                    plans[key] = made, time.perf_counter() - started
-                plan, seconds = plans[key]
-                say("pruning")
-                started = time.perf_counter()
-                result = prune(
-                    model, plan, solver=recipe.solver, data=data, progress=walk_progress,
-                    settings=Settings(settings.propagate, settings.device, None, recipe.seed),
-                )  # fmt: skip
-                seconds += time.perf_counter() - started
-            say("measuring")
-            found = evaluate(model, held_out, against=dense, device=settings.device)
+                    result = prune(
+                        model, plan, solver=recipe.solver, data=data, progress=walk_progress,
+                        settings=Settings(settings.propagate, settings.device, None, recipe.seed),
+                    )  # fmt: skip
+                    seconds = planning + time.perf_counter() - started
+                say("measuring")
+                found = evaluate(model, held_out, against=dense, device=settings.device)
+            except (LayerwiseError, RuntimeError, MemoryError) as error:  # torch's lack of memory is a RuntimeError
+                if failed is None:
+                    raise
+                failed(recipe, error)
+                continue
             yield Cell(recipe, plan, result.sparsity, found, seconds, peak.rss, (*plan.notes, *result.notes))
         finally:
             restore(model, dense, structure)
+
+
+def _planned(
+    recipe: Recipe,
+    plans: dict[tuple[str, int, str], tuple[Plan, float]],
+    model: nn.Module,
+    data: Batches | None,
+    structure: Structure,
+    say: Callable[[str], None],
+) -> tuple[Plan, float]:
+    """The recipe's plan and the seconds that it took; made once."""
+    key = recipe.name, recipe.seed, repr(recipe.method)  # a method may be set up for its solver
+    if key not in plans:
+        say("planning")
+        started = time.perf_counter()
+        plans[key] = recipe.method.plan(model, data, structure=structure), time.perf_counter() - started
+    return plans[key]
 
 
 def restore(model: nn.Module, dense: nn.Module, structure: Structure) -> None:
@@ -175,8 +195,10 @@ def best(of: Sequence[Row]) -> Row:
 def verdict(of: Sequence[Row]) -> str:
     """One sentence on rows of one solver and budget: who is best, by how much, and whether the seeds can tell."""
     winner = best(of)
-    uniform = next(row for row in of if row.method == "uniform")
+    uniform = next((row for row in of if row.method == "uniform"), None)
     where = f"{winner.sparsity:.0%} with {winner.solver}"
+    if uniform is None:
+        return f"{where}: {winner.method} is best, with no uniform to hold it against."
     if winner is uniform:
         others = [row for row in of if row.method not in CONTROLS]
         return (

@@ -1,6 +1,7 @@
 """`layerwise compare`: methods × budgets × seeds in one table, with the controls and the protocol."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from ..tables import by_budget, results_table, write_report
 
 if TYPE_CHECKING:
     from ...evaluate.compare import Cell, Recipe
+    from ...plan import Plan
     from ...structure import Structure
     from ...tasks import Batches
 
@@ -88,13 +90,25 @@ def compare(
     structure = choice.structure(loaded)
     dense = copy.deepcopy(loaded)
     done: list[Cell] = []
+    failed: list[tuple[Recipe, Exception]] = []
+    stopped: KeyboardInterrupt | None = None
     with screen.task("Comparing") as step, alphas_kept(alphas_folder()):
-        for cell in cells(
-            loaded, dense, recipes, calibration=drawn.__getitem__, held_out=windows, structure=structure, settings=settings,
-            progress=lambda now: step(now.done, now.total, f"{now.recipe.name} {now.recipe.sparsity:.0%} {now.stage}"),
-        ):  # fmt: skip
-            done.append(cell)
-    _show(model, done, structure, drawn[seed], windows, output, screen)
+        try:
+            for cell in cells(
+                loaded, dense, recipes, calibration=drawn.__getitem__, held_out=windows, structure=structure, settings=settings,
+                progress=lambda now: step(now.done, now.total, f"{now.recipe.name} {now.recipe.sparsity:.0%} {now.stage}"),
+                failed=lambda recipe, error: failed.append((recipe, error)),
+            ):  # fmt: skip
+                done.append(cell)
+        except KeyboardInterrupt as stop:  # what was measured is not lost
+            stopped = stop
+    if not done:
+        raise stopped or failed[0][1]
+    _show(model, done, failed, structure, drawn[seed], windows, output, screen)
+    if stopped:
+        raise stopped
+    if failed:
+        raise typer.Exit(1)
 
 
 def _recipes(
@@ -120,9 +134,23 @@ def _recipes(
         for budget in budgets:
             for name in names:
                 # settings are for the methods asked for; the controls have none that matter
-                choice = MethodChoice(name, budget, pattern, set=settings if name in asked else ())
+                own = _own(name, asked, settings) if name in asked else ()
+                choice = MethodChoice(name, budget, pattern, set=own)
                 found += [Recipe(name, choice.build(seed=seed, solver=one.name), budget, seed, one) for seed in seeds]
     return found
+
+
+def _own(name: str, asked: Sequence[str], settings: Sequence[str]) -> list[str]:
+    """Those of `--set` that this method has; and those that none of the methods has, so that it refuses them."""
+    from ...methods import METHODS
+
+    known = {one: {field.name for field in fields(METHODS[one])} for one in asked if one in METHODS}  # type: ignore[arg-type]
+    keys = [setting.partition("=")[0].strip() for setting in settings]
+    return [
+        setting
+        for key, setting in zip(keys, settings, strict=True)
+        if key in known.get(name, ()) or not any(key in names for names in known.values())
+    ]
 
 
 def _numbers(text: str) -> list[float]:
@@ -147,6 +175,7 @@ def _check_output(output: Path | None, force: bool) -> None:
 def _show(
     model: str,
     done: "list[Cell]",
+    failed: "Sequence[tuple[Recipe, Exception]]",
     structure: "Structure",
     data: "Batches",
     windows: "Batches",
@@ -164,18 +193,24 @@ def _show(
         "with": environment_line(dense.protocol),
     }
     verdicts = [verdict(group) for group in by_budget(made)]
+    problems = [_problem(*one) for one in failed]
     screen.show(results_table(made, dense.dense_perplexity or 0.0))
-    screen.show("", *verdicts, "", *(f"[dim]{key}: {escape(value)}[/]" for key, value in protocol.items()))
+    screen.show(
+        "",
+        *verdicts,
+        *(f"[red]{escape(line)}[/]" for line in problems),
+        "",
+        *(f"[dim]{key}: {escape(value)}[/]" for key, value in protocol.items()),
+    )
     if output is not None:
-        plans = {cell.recipe.name: cell.plan for cell in done}
         write_report(
             output,
             f"{model}: methods compared",
             protocol,
             made,
             dense.dense_perplexity or 0.0,
-            verdicts,
-            plans,
+            [*verdicts, *problems],
+            _plans(done),
             structure,
         )
         screen.show(escape(f"Written to {output}."))
@@ -184,6 +219,25 @@ def _show(
             "dense": {"perplexity": dense.dense_perplexity},
             "cells": [cell.to_dict() for cell in done],
             "verdicts": verdicts,
+            "failed": problems,
             "protocol": protocol,
         }
     )
+
+
+def _problem(recipe: "Recipe", error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    return f"{recipe.name}, {recipe.sparsity:.0%}, {recipe.solver.name}, seed {recipe.seed}: not made: {reason}"
+
+
+def _plans(done: "Sequence[Cell]") -> "dict[str, Plan]":
+    """What each picture shows -> the plan: of the first seed, told apart by budget, and by solver where a method asks for that."""
+    budgets = {cell.recipe.sparsity for cell in done}
+    found: dict[str, Plan] = {}
+    for cell in done:
+        recipe = cell.recipe
+        name = recipe.name if len(budgets) == 1 else f"{recipe.name}, {recipe.sparsity:.0%}"
+        if name in found and found[name].layers != cell.plan.layers and recipe.seed == done[0].recipe.seed:
+            name = f"{name}, {recipe.solver.name}"
+        found.setdefault(name, cell.plan)
+    return found
