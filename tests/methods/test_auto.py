@@ -16,7 +16,7 @@ from layerwise.methods import Auto
 from layerwise.methods import search as search_room
 from layerwise.methods.assemble import found, plan_of
 from layerwise.methods.candidates import candidates
-from layerwise.methods.tried import Record, Tried, paired
+from layerwise.methods.tried import Record, Tried, errors_asked, paired
 from layerwise.scores import tell
 from layerwise.solvers import SparseGPT
 from layerwise.structure import structure_of
@@ -239,6 +239,53 @@ def test_paired_by_hand():
     assert paired(infinite, torch.tensor([3.0, 1.0])) == (math.inf, 0.0)
     assert Tried("a", 1.0).with_unseen(torch.tensor([1.0, 3.0])).unseen == 2.0
     assert Tried("a", 1.0).with_unseen(None).unseen is None
+
+
+@pytest.mark.parametrize(
+    ("parts", "quantile"), [(4, 3.307), (5, 2.869), (8, 2.429), (16, 2.181), (32, 2.090), (4000, 2.090)]
+)
+def test_few_rows_must_show_more(parts, quantile):
+    """Student's t at the certainty of two errors of a normal, 97.725 %: published tables' values; up to 32 parts are told apart."""
+    assert errors_asked(parts) == pytest.approx(quantile, rel=0.02)
+
+
+def test_fewer_than_four_rows_show_nothing():
+    assert {errors_asked(rows) for rows in range(4)} == {math.inf}
+
+
+def test_chance_wins_no_more_often_where_rows_are_few():
+    """Differences that are noise: a plan passes in about 2.3 % of cases, whatever their number."""
+    generator = torch.Generator().manual_seed(0)
+    for rows in (4, 8, 32):
+        noise = torch.randn(4000, rows, generator=generator)
+        won = 0
+        for one in noise:
+            gain, error = paired(one, torch.zeros(rows))
+            won += gain > errors_asked(rows) * error
+        assert won / len(noise) == pytest.approx(0.023, abs=0.008)
+
+
+def test_plans_that_were_judged_are_not_made_again_for_the_verdict(tmp_path, monkeypatch):
+    """A search killed at its end: what took the time was scoring."""
+    model, data = _case(4, idle=False)
+    file, auto = tmp_path / "tried.json", Auto(sparsity=0.5, only="erk")
+    whole = auto.search(model, data)
+
+    def killed(self, tried):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(search_room.Hunt, "_verdict", killed)
+        auto.search(model, data, record=file)
+
+    def again(self, *args, **kwargs):
+        raise AssertionError("planned again")
+
+    for kind in (methods.ERK, methods.Uniform, methods.RandomRatios):
+        monkeypatch.setattr(kind, "plan", again)
+    resumed = auto.search(model, data, record=file)
+    assert resumed.plan == whole.plan
+    assert resumed.verdict == whole.verdict
 
 
 def test_what_runs_out_of_memory_is_a_row_and_does_not_end_the_search(monkeypatch):

@@ -244,8 +244,8 @@ def test_the_verdict_takes_what_is_best_on_unseen_data_not_on_what_was_searched(
     assert "K2V2's 9" in low.sentence  # K4V4 is above the cap
 
 
-@pytest.mark.parametrize(("gain", "counts"), [(1.9, False), (2.1, True)])
-def test_less_than_two_standard_errors_do_not_count(gain, counts):
+@pytest.mark.parametrize(("gain", "counts"), [(2.1, False), (2.3, True)])  # of 16 rows: 2.18
+def test_less_than_two_sure_standard_errors_do_not_count(gain, counts):
     noise = torch.tensor([1.0, -1.0] * 8)  # its standard error is 1 / sqrt(15)
     some = [TriedBits(((4, 4),) * 2, 4, 4, 4, 2.0, True), TriedBits(((8, 4), (2, 2)), 4, 4, 4, 1.0, False)]
     rows = {some[0].pairs: torch.full((16,), 5.0), some[1].pairs: 5.0 - gain / 15**0.5 + noise}

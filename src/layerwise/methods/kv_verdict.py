@@ -9,8 +9,7 @@ from ..allocate import pareto_front
 from ..plan import Plan
 from .kv_layers import Layers
 from .kv_space import Pairs, Space
-from .search import SURE
-from .tried import paired
+from .tried import errors_asked, paired
 
 FINALISTS = 8  # of the front, those of least loss, that are measured again
 
@@ -91,7 +90,7 @@ def verdict_on(
     def said(one: TriedBits) -> str:
         return f"{means[one.pairs]:.4g} at {one.true:.3g} true bits ({one.nominal:.3g} nominal)"
 
-    if chosen is not best and gain > SURE * error:
+    if chosen is not best and gain > errors_asked(len(rows[best.pairs])) * error:
         sentence = (
             f"{chosen.word}: {head} {said(chosen)}, beside {best.word}'s {said(best)}:"
             f" {gain:.3g} less, standard error {error:.2g}; {len(tried)} choices measured."

@@ -15,10 +15,8 @@ from ..structure import Structure
 from ..tasks import Batch, Batches, Yardstick, undisturbed
 from .assemble import sizes_of
 from .base import Method
-from .tried import Record, Tried, paired
+from .tried import Record, Tried, errors_asked, nearest_of, paired
 
-FINALISTS = 3  # plans that are held against uniform on unseen data
-SURE = 2.0  # standard errors a plan must be closer by; three get a try, and by one each would pass in a sixth of cases by chance
 Progress = Callable[[int, int, str], None]
 
 
@@ -78,7 +76,7 @@ class Hunt:
             except BaseException:
                 self.record.stop(name)
                 raise
-            self.record.add(tried[-1])
+            self.record.add(tried[-1], self.plans.get(name))
         self.progress(len(self.candidates), len(self.candidates) + 1, "verdict on unseen data")
         return self._verdict(tried)
 
@@ -130,17 +128,20 @@ class Hunt:
             return yardstick.rows(self.model)
 
     def _verdict(self, tried: list[Tried]) -> Search:
-        ranked = sorted((one for one in tried if one.divergence is not None), key=lambda one: one.divergence or 0.0)
-        finalists = [one.name for one in ranked if one.name != "uniform"][:FINALISTS]
+        finalists = nearest_of(tried)
         yardstick, rows = self._yardstick(self.unseen), dict[str, Tensor]()
         for name in ["uniform", *finalists]:
             if name not in self.plans:  # judged by a search that was killed
-                self.plans[name] = self.candidates[name].plan(self.model, self.seen, structure=self.structure)
+                kept = self.record.plan(name)
+                made = kept or self.candidates[name].plan(self.model, self.seen, structure=self.structure)
+                self.plans[name] = made
             rows[name] = self._held_against(self.plans[name], yardstick)
         gains = {name: paired(rows["uniform"], rows[name]) for name in finalists}
-        chosen = next((name for name, (gain, error) in gains.items() if gain > SURE * error), "uniform")
+        sure = errors_asked(len(rows["uniform"]))
+        chosen = next((name for name, (gain, error) in gains.items() if gain > sure * error), "uniform")
         what = "KL divergence" if yardstick.logits else "relative squared error"
-        count = f"{len(ranked)} plan{'s' if len(ranked) != 1 else ''} tried with {self.trials.solver.name}"
+        judged = sum(one.divergence is not None for one in tried)
+        count = f"{judged} plan{'s' if judged != 1 else ''} tried with {self.trials.solver.name}"
         verdict = _sentence(chosen, {name: float(some.mean()) for name, some in rows.items()}, gains, what, count)
         tried = [one.with_unseen(rows.get(one.name)) for one in tried]
         plan = self.plans[chosen]

@@ -1,7 +1,8 @@
 """What a search has tried, kept in a file as it goes, so that a search that was killed goes on."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +15,10 @@ from torch import Tensor
 from ..engine.lock import FileLock
 from ..engine.work import write_whole
 from ..errors import ConfigError, OutputError
+from ..plan import Plan
 
+SURE = 2.0  # standard errors a plan must be closer by; three get a try, and by one each would pass in a sixth of cases by chance
+FINALISTS = 3  # plans that are held against uniform on unseen data
 _PAIRS = 32  # parts of the data that two plans are compared on
 _ENDED = 2  # so often may the process end while a plan is being tried
 
@@ -34,6 +38,12 @@ class Tried:
         return self if rows is None else replace(self, unseen=float(rows.mean()))
 
 
+def nearest_of(tried: Iterable[Tried]) -> list[str]:
+    """The names of those that are nearest to the dense model, but for uniform, which is held against them in any case."""
+    ranked = sorted((one for one in tried if one.divergence is not None), key=lambda one: one.divergence or 0.0)
+    return [one.name for one in ranked if one.name != "uniform"][:FINALISTS]
+
+
 class Record(AbstractContextManager["Record"]):
     """The file of one search, ours alone within the context; without a path nothing is kept.
 
@@ -44,6 +54,7 @@ class Record(AbstractContextManager["Record"]):
         self.path, self.key = path, dict(key)
         self._tried: dict[str, Tried] = {}
         self._begun: dict[str, int] = {}
+        self._plans: dict[str, Plan] = {}
         self._lock = None if path is None else FileLock(path.with_name(f"{path.name}.lock"))
 
     def __enter__(self) -> "Record":
@@ -86,15 +97,24 @@ class Record(AbstractContextManager["Record"]):
         self._begun.pop(name, None)
         self._write()
 
-    def add(self, tried: Tried) -> None:
+    def add(self, tried: Tried, plan: Plan | None = None) -> None:
+        """plan: kept as long as it may be asked for again, so that nothing is scored twice: uniform's and those of the nearest."""
         self._tried[tried.name] = tried
         self._begun.pop(tried.name, None)
+        if plan is not None:
+            self._plans[tried.name] = plan
+            kept = {"uniform", *nearest_of(self._tried.values())}
+            self._plans = {name: one for name, one in self._plans.items() if name in kept}
         self._write()
+
+    def plan(self, name: str) -> Plan | None:
+        return self._plans.get(name)
 
     def _write(self) -> None:
         if self.path is not None:
             tried = [asdict(one) for one in self._tried.values()]
-            entry = {"search": self.key, "tried": tried, "begun": self._begun}
+            plans = {name: plan.to_dict() for name, plan in self._plans.items()}
+            entry = {"search": self.key, "tried": tried, "begun": self._begun, "plans": plans}
             write_whole(self.path, f"{json.dumps(entry, indent=1)}\n".encode())
 
     def _read(self, path: Path) -> None:
@@ -104,12 +124,31 @@ class Record(AbstractContextManager["Record"]):
             entry: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             found, tried = entry["search"], {one["name"]: Tried(**one) for one in entry["tried"]}
             begun = {str(name): int(count) for name, count in entry["begun"].items()}
+            plans = {str(name): Plan.model_validate(plan) for name, plan in entry["plans"].items()}
         except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
             raise ConfigError(f"{path}: no readable record of a search; remove it to start again.") from error
         if changed := sorted(name for name in {*found, *self.key} if found.get(name) != self.key.get(name)):
             details = "; ".join(f"{name}: {found.get(name)} then, {self.key.get(name)} now" for name in changed)
             raise ConfigError(f"{path}: belongs to another search ({details}). Use another file, or remove it.")
-        self._tried, self._begun = tried, begun
+        self._tried, self._begun, self._plans = tried, begun, plans
+
+
+def errors_asked(rows: int, parts: int = _PAIRS) -> float:
+    """How many standard errors of `paired` over so many rows a gain must be for the certainty of SURE errors that are known exactly.
+
+    Student's t quantile for the parts that the error is estimated from (Cornish-Fisher's expansion, within 1 %); infinite for fewer
+    than four, whose error says too little.
+    """
+    free = min(rows, parts) - 1
+    if free < 3:
+        return math.inf
+    z = SURE
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + math.fsum(term / free**power for power, term in enumerate(terms, start=1))
 
 
 def paired(before: Tensor, after: Tensor, parts: int = _PAIRS) -> tuple[float, float]:
