@@ -156,6 +156,11 @@ def test_no_command_shows_the_help_and_no_empty_error(capsys):
     assert err == ""
 
 
+def test_a_plan_on_a_device_that_is_not_there(here, capsys):
+    refused(capsys, here, ["plan", "model", "--method", "farms", "--device", "cuda:9"], 2, '"cuda:9"')
+    refused(capsys, here, ["plan", "model", "--edit", "plan.yaml", "--device", "cpu"], 2, "--device", "--edit")
+
+
 def test_an_unknown_command(here, capsys):
     refused(capsys, here, ["comprss", "model"], 2, "comprss")
 

@@ -15,7 +15,7 @@ from ..plan_tables import show_entries
 from ..planning import make_plan, record_of, tried_of
 from ..running import show_notes
 from ..screen import Screen
-from ..settings import MethodChoice
+from ..settings import MethodChoice, device_of
 from ..train_tables import trains
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def plan(
     length: options.Length = None,
     batch: options.Batch = None,
     seed: options.Seed = 0,
+    device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     remote_code: options.RemoteCode = False,
     output: options.PlanOut = None,
@@ -102,8 +103,9 @@ def plan(
         )
         built = chosen.build(seed=seed)
         _check_used(context, built)
+        where = device_of(device)
         drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen) if built.needs_data else None
-        loaded = choice.load(screen)
+        loaded = choice.load(screen, device=where)
         structure = choice.structure(loaded)
         record = None if output is None else record_of(output)
         made, search = make_plan(built, choice, loaded, structure, drawn, screen, record=record, storage=storage)
@@ -136,7 +138,7 @@ def _check_given(context: typer.Context, output: Path | None, edit: Path | None,
     if edit is None:
         refuse(context, "without --edit PLAN there is nothing to shift", "rebalance", "keep")
     else:
-        refuse(context, "since --edit starts from a plan: change its file", *SHARING, "for_", *CALIBRATION, "seed")
+        refuse(context, "since --edit starts from a plan: change its file", *SHARING, "for_", *CALIBRATION, "seed", "device")
     if not rebalance:
         refuse(context, "without --rebalance every layer stays as it is", "keep")
 
