@@ -106,6 +106,13 @@ def _asks_config(module: nn.Module) -> bool:
     return code is not None and any(count in code.co_names and not hasattr(module, count) for count in _COUNTS)
 
 
+def shares_keys(stack: nn.Module) -> bool:
+    """Whether blocks of this stack read keys and values that others of it made (Gemma 3n, Gemma 4)."""
+    return any(
+        vars(one).get(flag) for one in stack.modules() for flag in ("is_kv_shared_layer", "store_full_length_kv")
+    )
+
+
 def _blocks(units: int, entries: int) -> Tensor:
     """(units, entries): consecutive entries for each unit."""
     return torch.arange(units * entries, device="cpu").view(units, entries)
