@@ -80,6 +80,7 @@ def adapt_accel(
         "AdaptPruner", model, None, method.parameters,
         min_heads=method.min_heads, min_channels=method.min_channels, multiple_of=method.multiple_of,
     )  # fmt: skip
+    widths.leave_unreached(model, calibration)
     kept = {group.name: [*range(group.units)] for group in widths.groups}
     schedule, first, done, scores = Schedule.of(model), 0, list[Stage](), dict[str, float]()
     for stage, (parameters, size) in enumerate(
