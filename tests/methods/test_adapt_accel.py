@@ -84,6 +84,32 @@ def test_the_code_starts_its_schedule_anew_in_every_stage(tmp_path, monkeypatch,
     assert all((one is None) == reference for one in given)
 
 
+@pytest.mark.parametrize(
+    ("method", "stages"),
+    [
+        (AdaptPruner(parameters=0.9, step=0.1, reference=True), 4),  # its last step is whole
+        (AdaptPruner(parameters=0.985, step=0.05), 10),  # targets lie closer than units
+    ],
+)
+def test_a_model_that_is_below_the_target_of_a_stage_loses_nothing_in_it(tmp_path, method, stages):
+    """Adapt-Pruner, check 8. It is trained all the same."""
+    model, dense = MODELS["llama"](), MODELS["llama"]()
+    total = sum(one.numel() for one in model.parameters())
+    data = batches(model, 60)
+    held, recovery = Batches(tuple(data[:2]), {}), Recovery(steps=stages, looks=1)
+    result = adapt_accel(model, method, held, data, held, recovery=recovery, stages=stages, work=tmp_path)
+    targets = [*stage_targets(total, int(total * method.parameters), stages)]
+    sizes = [total, *(stage.parameters for stage in result.stages)]
+    below = [stage for stage in range(stages) if sizes[stage] <= targets[stage]]
+    assert below
+    assert all(sizes[stage + 1] == sizes[stage] for stage in below)
+    assert all(size <= target for size, target in zip(sizes[1:], targets, strict=True))
+    assert all(stage.steps for stage in result.stages)
+    assert result.plan.scores
+    apply(dense, result.plan)
+    assert [one.shape for one in dense.parameters()] == [one.shape for one in model.parameters()]
+
+
 def test_bad_requests(tmp_path):
     with pytest.raises(ConfigError, match="stages=0"):
         run(tmp_path, MODELS["llama"](), stages=0)

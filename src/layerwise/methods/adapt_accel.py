@@ -1,6 +1,7 @@
 """Adapt-Accel: pruning and training in turn, under one learning-rate schedule (Pan et al. 2025, arXiv:2502.03460).
 
-Each stage prunes to the next target (`AdaptPruner`) and trains what is left on its slice of the data. Departures from the official code:
+Each stage prunes to the next target (`AdaptPruner`) and trains what is left on its slice of the data; where an earlier one went below that
+target, it trains alone. Departures from the official code:
 shares of heads and channels are of the sizes at the very start, in all stages (restarting them, as `method.reference` does, leaves
 attention whole), and a stage is judged by held-out data and left in its best state. A run that was killed goes on from the last
 checkpoint of its stage.
@@ -79,16 +80,19 @@ def adapt_accel(
         "AdaptPruner", model, None, method.parameters,
         min_heads=method.min_heads, min_channels=method.min_channels, multiple_of=method.multiple_of,
     )  # fmt: skip
+    widths.leave_unreached(model, calibration)
     kept = {group.name: [*range(group.units)] for group in widths.groups}
-    schedule, first, done = Schedule.of(model), 0, list[Stage]()
+    schedule, first, done, scores = Schedule.of(model), 0, list[Stage](), dict[str, float]()
     for stage, (parameters, size) in enumerate(
         zip(stage_targets(widths.total, widths.target, stages), sizes, strict=True)
     ):
-        goes_on = None if method.reference else schedule  # the code starts anew in every stage
-        plan = replace(method, parameters=parameters).plan(model, calibration, schedule=goes_on)
-        left = kept_by(model, plan, coupled_groups(model))
-        kept = {name: [units[place] for place in left.get(name, range(len(units)))] for name, units in kept.items()}
-        apply(model, plan)
+        if _parameters(model) > parameters:  # else an earlier stage went below this target, too
+            goes_on = None if method.reference else schedule  # the code starts anew in every stage
+            plan = replace(method, parameters=parameters).plan(model, calibration, schedule=goes_on)
+            left = kept_by(model, plan, coupled_groups(model))
+            kept = {name: [units[place] for place in left.get(name, range(len(units)))] for name, units in kept.items()}
+            apply(model, plan)
+            scores = dict(plan.scores)
         begin, end = first / len(data), (first + size) / len(data)
         found = _part(recovery, begin, end).train(
             model,
@@ -101,7 +105,7 @@ def adapt_accel(
         first += size
         done.append(_stage(model, found))
     note = f"Cut in {stages} stages, with training after each."
-    return Accelerated(tuple(done), widths_plan(method, widths, kept, plan.scores, [note]))
+    return Accelerated(tuple(done), widths_plan(method, widths, kept, scores, [note]))
 
 
 def _part(recovery: Recovery, begin: float, end: float) -> Recovery:
@@ -120,5 +124,8 @@ def _part(recovery: Recovery, begin: float, end: float) -> Recovery:
 
 
 def _stage(model: nn.Module, found: Recovered) -> Stage:
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Stage(parameters, found.before, found.after, found.steps, found.seconds)
+    return Stage(_parameters(model), found.before, found.after, found.steps, found.seconds)
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

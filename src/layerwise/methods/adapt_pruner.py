@@ -10,7 +10,7 @@ attention loses its part. `reference` follows the code instead, in the credit, t
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -80,14 +80,22 @@ class AdaptPruner:
             min_heads=self.min_heads, min_channels=self.min_channels, multiple_of=self.multiple_of, budget=self.budget, rows=self.rows,
         )  # fmt: skip
         batches, pruned = needed("AdaptPruner", data), copy.deepcopy(model)
+        widths.leave_unreached(model, batches)
+        expected = max(1, round((1 - widths.target / widths.total) / self.step))
+        with part(0, expected):
+            turns = block_influence(pruned, batches, structure_of(pruned))
+        unturned = {group.block for group in widths.groups} - turns.keys()  # a shape that changes has no cosine
+        widths.keep_whole(unturned, "no cosine compares what enters and leaves")
         kept = {group.name: [*range(group.units)] for group in widths.groups}
         schedule = schedule or Schedule.of(model, widths.structure)
+        schedule.hold({group.block for group in widths.groups})
         importances: dict[str, float] = {}
         steps = 0
         while parameters_of(widths.total, widths.sized, {n: len(units) for n, units in kept.items()}) > widths.target:
-            expected = max(steps + 1, round((1 - widths.target / widths.total) / self.step))
-            with part(min(steps, expected - 1), expected):
-                found, importances = self._step(pruned, batches, widths, kept, schedule)
+            with part(steps, max(steps + 1, expected)):
+                if steps:
+                    turns = block_influence(pruned, batches, structure_of(pruned))
+                found, importances = self._step(pruned, batches, widths, kept, schedule, turns)
             cut_units(pruned, found)
             kept = {
                 name: [units[place] for place in found.get(name, range(len(units)))] for name, units in kept.items()
@@ -103,12 +111,12 @@ class AdaptPruner:
         widths: Widths,
         kept: Mapping[str, list[int]],
         schedule: "Schedule",
+        turns: Mapping[str, float],
     ) -> tuple[dict[str, list[int]], dict[str, float]]:
         """Group -> places, among the units that are left, that stay after one more step; updates the schedule. And importances."""
         structure, sparsities = structure_of(pruned), schedule.sparsities
         groups = [group for group in coupled_groups(pruned, structure).groups if group.name in kept]
         scores = unit_taylor(pruned, data, groups, structure, modulo=self.reference)
-        turns = block_influence(pruned, data, structure)
         importances = scaled_importance({name: turns[name] for name in sparsities}, self.scale)
         after = next_sparsities(sparsities, importances, self.step, self.amplitude)
         if sum(after.values()) - sum(sparsities.values()) < _STALLED * self.step * len(after):
@@ -182,6 +190,10 @@ class Schedule:
             {group.name: group.units for group in groups},
             {block.name: 0.0 for block in structure.blocks if block.name in cut},
         )
+
+    def hold(self, blocks: Collection[str]) -> None:
+        """Forget all other blocks: they stay whole."""
+        self.sparsities = {name: share for name, share in self.sparsities.items() if name in blocks}
 
 
 def _wanted(group: Group, units: int, sparsity: float) -> int:

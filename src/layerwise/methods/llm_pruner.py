@@ -57,13 +57,13 @@ class LLMPruner:
             "LLMPruner", model, structure, self.parameters,
             min_heads=self.min_heads, min_channels=self.min_channels, multiple_of=self.multiple_of, budget=self.budget, rows=self.rows,
         )  # fmt: skip
+        batches = needed("LLMPruner", data)
+        widths.leave_unreached(model, batches)
         names = [block.name for block in widths.structure.blocks]
         between = {*names[round(self.first_whole * len(names)) : len(names) - round(self.last_whole * len(names))]}
         eligible = [group.name for group in widths.groups if group.block in between]
         sized, costs = {name: widths.sized[name] for name in eligible}, widths.costs
         check_target(widths.target, widths.total, sized, "LLMPruner", costs.unit, costs.words)
-        scores = unit_taylor(
-            model, needed("LLMPruner", data), widths.groups, widths.structure, form=self.form, modulo=self.reference
-        )
+        scores = unit_taylor(model, batches, widths.groups, widths.structure, form=self.form, modulo=self.reference)
         counts = meet(widths.total, widths.sized, widths.target, widths.evenly(eligible))
         return widths_plan(self, widths, lowest_go(scores, counts))

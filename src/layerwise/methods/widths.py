@@ -1,16 +1,18 @@
 """What methods for width share: groups and their costs, the target, and a plan of the units that stay."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import lcm
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..allocate.units import Sized, check_target, lowest_first, parameters_of
-from ..errors import ConfigError, ModelError
+from ..errors import BudgetError, ConfigError, ModelError
+from ..passes import check_whole, reached_blocks
 from ..plan import Budget, Plan, Resize, Treatments
 from ..scores.unit_costs import costs_of
 from ..structure import Coupling, Group, Structure, coupled_groups, structure_of
+from ..tasks.batches import Batch
 from ..treatments import kept_text
 from .assemble import facts_of
 
@@ -77,6 +79,35 @@ class Widths:
         for _, reason in self.coupling.left:
             reasons[reason] = reasons.get(reason, 0) + 1
         return [f"{count} left whole: {reason}." for reason, count in reasons.items()]
+
+    def leave_unreached(self, model: nn.Module, data: Sequence[Batch]) -> None:
+        """Keep the groups of blocks that no batch comes to whole: their scores would all be zero. See `keep_whole`."""
+        check_whole(model, self.owner)
+        met = reached_blocks(model, self.structure, data)
+        self.keep_whole({block.name for block in self.structure.blocks} - met, "no batch comes to")
+
+    def keep_whole(self, blocks: Collection[str], why: str) -> None:
+        """Take the groups of these blocks out, which the notes then say. Raises BudgetError where the others cannot give so much,
+        ModelError where there are none."""
+        reasons = {
+            block.name: f"{why} {sum(one.name in blocks for one in stack.blocks)} of {len(stack.blocks)} blocks of {stack.name}"
+            for stack in self.structure.stacks
+            for block in stack.blocks
+            if block.name in blocks
+        }
+        whole = [(group.name, reasons[group.block]) for group in self.groups if group.block in reasons]
+        if not whole:
+            return
+        groups = tuple(group for group in self.groups if group.block not in reasons)
+        self.coupling = Coupling(groups, (*self.coupling.left, *whole))
+        self.sized = {group.name: self.sized[group.name] for group in groups}
+        said = "; ".join(dict.fromkeys(reason for _, reason in whole))
+        if not groups:
+            raise ModelError(f"{self.owner}: nothing can be cut: {said}.")
+        try:
+            check_target(self.target, self.total, self.sized, self.owner, self.costs.unit, self.costs.words)
+        except BudgetError as error:
+            raise BudgetError(f"{error} Left whole: {said}.") from error
 
     def evenly(self, eligible: Sequence[str]) -> Any:
         """For `allocate.units.meet`: every eligible group keeps the same share."""

@@ -3,6 +3,7 @@
 from .collect import Collector, SharedInput
 from .dense import collect_dense
 from .paused import Enough, Forward, Pass, PausedPasses
+from .reached import reached, reached_blocks
 from .replay import Recording, Replays, Tail
 from .residency import Store, at_hand, check_whole, store_of, weight_at_hand
 from .spill import spilling
@@ -28,6 +29,8 @@ __all__ = [
     "at_hand",
     "check_whole",
     "collect_dense",
+    "reached",
+    "reached_blocks",
     "spilling",
     "store_of",
     "uses_of",

@@ -5,15 +5,13 @@ gradients never exists; activations are kept as in training.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ScoreError
+from ..passes import reached
 from ..passes.wrapping import not_reached
 from ..structure import Structure
 from ..tasks.batches import Batches, first_samples
@@ -64,12 +62,12 @@ def first_order_gradient(
             raise ScoreError(f'layer "{name}": its gradient is not finite. Use float32 or bfloat16 weights.')
         sums[name] += mass
 
-    with Stage(model, chosen, structure, loss=loss, by_batch=False) as stage, _reached(model, structure) as reached:
+    with Stage(model, chosen, structure, loss=loss, by_batch=False) as stage, reached(model, structure) as met:
         for index, batch in enumerate(chosen):
             tell(index, len(chosen), f"batch {index}")
             stage.gradients(batch, index, take, scale)
     tell(len(chosen), len(chosen))
-    if missed := [block.name for block in structure.blocks if block.layers and block.name not in reached]:
+    if missed := [block.name for block in structure.blocks if block.layers and block.name not in met]:
         raise not_reached(missed[0])
     return {name: total / len(chosen) for name, total in sums.items()}
 
@@ -77,22 +75,3 @@ def first_order_gradient(
 def half_scale(model: nn.Module) -> float:
     """What to multiply a loss with, since float16 gradients of a mean loss lie near its smallest numbers; 1 for other models."""
     return _HALF_SCALE if any(one.dtype == torch.float16 for one in model.parameters()) else 1.0
-
-
-@contextmanager
-def _reached(model: nn.Module, structure: Structure) -> Iterator[set[str]]:
-    """The names of the blocks that ran. One may run and yet have no gradient, as LLaVA's last vision block."""
-    reached: set[str] = set()
-    handles = []
-    try:
-        for block in structure.blocks:
-            note = partial(_note, reached, block.name)
-            handles.append(model.get_submodule(block.name).register_forward_pre_hook(note))
-        yield reached
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _note(reached: set[str], block: str, *_: object) -> None:
-    reached.add(block)

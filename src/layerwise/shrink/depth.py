@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, ModelError
-from ..structure import Stack, structure_of
+from ..structure import Stack, shares_keys, structure_of
 from .narrow import settle, stock_class, widths_of
 
 _COUNTS = ("num_hidden_layers", "num_layers", "encoder_layers", "num_decoder_layers", "decoder_layers", "depth")
@@ -20,7 +20,7 @@ def drop_blocks(model: nn.Module, names: Sequence[str]) -> None:
     (`layer_types`) lose theirs.
 
     Raises ModelError for a block that is not there, ConfigError for a stack of which none would be left, ModelError where the stock class
-    could not be built so (a block that holds what others use, T5's position bias); nothing has changed then.
+    could not be built so (a block that holds what others use, T5's position bias) or blocks read keys of others; nothing has changed then.
     """
     for place, (stack, kept, config) in enumerate(check_drops(model, names)):
         _drop(model, stack, kept, config if place == 0 else _counted(model, stack, kept))
@@ -57,6 +57,10 @@ def _counted(model: nn.Module, stack: Stack, kept: Sequence[int]) -> Any:
     blocks = model.get_submodule(stack.name)
     if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or len(blocks) != len(stack.blocks):
         raise ModelError(f'"{stack.name}" is no plain list of blocks: they cannot be dropped.')
+    if shares_keys(blocks):
+        raise ModelError(
+            f'"{stack.name}": its last blocks read the keys and values of earlier ones, and which is set when the model is built. Keep all.'
+        )
     return _recounted(model, stack, kept) if hasattr(model, "config") else None
 
 

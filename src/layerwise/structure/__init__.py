@@ -2,6 +2,7 @@
 
 from .cnn_channels import ChannelGroup, ChannelLayer, Channels, Run, cnn_channels, size_of
 from .coupled import Coupling, Group, Part, coupled_groups, numbers_of
+from .coupled_heads import shares_keys
 from .factorable import factorable
 from .find import structure_of
 from .fused import fused_of
@@ -34,6 +35,7 @@ __all__ = [
     "module_of",
     "numbers_of",
     "parameter_of",
+    "shares_keys",
     "size_of",
     "structure_of",
     "towers_of",

@@ -88,16 +88,19 @@ def coupled_groups(model: nn.Module, structure: Structure | None = None) -> Coup
 
     structure: of all weights in blocks (`structure_of(model)` by default; excluded layers leave their group whole).
     """
-    from .coupled_heads import heads_of
+    from .coupled_heads import heads_of, shares_keys
 
     structure = structure or structure_of(model)
     groups: list[Group] = []
     left: list[tuple[str, str]] = []
     owners = _owners(model)
+    sharing = {stack.name for stack in structure.stacks if shares_keys(model.get_submodule(stack.name))}
     for block in structure.blocks:
         modules = _by_module(block.layers)
         for name, layers in modules.items():
             found = heads_of(model, block, name, layers) or channels_of(model, block.name, name, layers)
+            if isinstance(found, Group) and found.kind == "heads" and block.stack in sharing:
+                found = "other blocks of its stack may read its keys and values"
             if isinstance(found, Group):
                 names = (part.parameter for part in found.parts)
                 shared = next((one for one in names if owners[id(model.get_parameter(one))] > 1), None)

@@ -1,10 +1,12 @@
 """Attention heads: a key/value head with the query heads that read it, of the forms that are known to run at any number of heads.
 
 Hugging Face repeats each key/value head consecutively: query head a reads head floor(a / r), r query heads to each. Nothing is cut inside a
-head, since rotary positions pair its entries. Norms of queries and keys that are as long as a head are shared by all of them.
+head, since rotary positions pair its entries. Norms of queries and keys that are as long as a head are shared by all of them. An attention
+is offered only where every parameter in it is one of these: what else a head may own would stay behind, and be read by others.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ _ONE_WEIGHT = {
     "Phi3Attention": "one behind the other",
     "GPTNeoXAttention": "by head",
 }
+_COUNTS = ("num_attention_heads", "num_key_value_heads")
 _SIZES = ("head_dim", "attention_head_size", "head_size")
 
 
@@ -39,10 +42,18 @@ def heads_of(model: nn.Module, block: Block, name: str, layers: Sequence[Layer])
     if "o" not in roles or not size:
         return f"the heads of {kind} are of no known form"
     if "qkv" in roles:
-        return _in_one(model, block, name, roles["qkv"], roles["o"], kind, size)
-    known = kind in _SEPARATE or hasattr(module, "num_key_value_groups")
-    if not known or not {"q", "k", "v"} <= roles.keys():
+        found = _in_one(model, block, name, roles["qkv"], roles["o"], kind, size)
+    elif {"q", "k", "v"} <= roles.keys() and (kind in _SEPARATE or hasattr(module, "num_key_value_groups")):
+        if _asks_config(module):
+            return f"{kind} reads the number of its heads in the config of the whole model"
+        found = _separate(model, block, name, roles, size)
+    else:
         return f"the heads of {kind} are of no known form"
+    return _unknown_in(module, found, roles["o"]) or found if isinstance(found, Group) else found
+
+
+def _separate(model: nn.Module, block: Block, name: str, roles: Mapping[str, Layer], size: int) -> Group | str:
+    """Queries, keys and values in a weight each."""
     q, k, v, o = (roles[role] for role in "qkvo")
     heads, units = q.rows // size, k.rows // size
     if any(layer.rows % size for layer in (q, k, v)) or v.rows != k.rows or o.columns != q.rows or heads % units:
@@ -51,12 +62,9 @@ def heads_of(model: nn.Module, block: Block, name: str, layers: Sequence[Layer])
     wide, narrow = _blocks(units, queries * size), _blocks(units, size)
     parts = [*_rows(model, q, wide), *_rows(model, k, narrow), *_rows(model, v, narrow)]
     parts.append(Part(o.parameter, _dim(o, "in"), wide, "in"))
-    for own, parameter in module.named_parameters(recurse=False):
-        if parameter.shape == (heads,):  # one number a head: sinks
-            parts.append(Part(f"{name}.{own}", 0, _blocks(units, queries), "out", scored=False))
-    for own, parameter in module.named_parameters():
-        if "norm" in own and parameter.shape[-1] not in (size,):
-            return f'"{name}.{own}" normalises over all heads'
+    sinks = model.get_submodule(name)._parameters.get("sinks")
+    if sinks is not None and sinks.shape == (heads,):  # one number a query head
+        parts.append(Part(f"{name}.sinks", 0, _blocks(units, queries), "out", scored=False))
     return Group(name, "heads", units, tuple(parts), block.name, size, queries)
 
 
@@ -76,6 +84,33 @@ def _in_one(model: nn.Module, block: Block, name: str, qkv: Layer, o: Layer, kin
         index = torch.cat([q, heads * size + k, (heads + units) * size + k], dim=1)
     parts = [*_rows(model, qkv, index), Part(o.parameter, _dim(o, "in"), _blocks(units, queries * size), "in")]
     return Group(name, "heads", units, tuple(parts), block.name, size, queries)
+
+
+def _unknown_in(module: nn.Module, group: Group, o: Layer) -> str | None:
+    """Why an attention with a parameter that is neither cut with its heads nor shared by all of them is left whole."""
+    known = {part.parameter for part in group.parts} | {o.parameter.rpartition(".")[0] + ".bias"}
+    for own, parameter in module.named_parameters():
+        if f"{group.name}.{own}" in known:
+            continue
+        norm = "norm" in own
+        if norm and parameter.shape[-1] != group.head_dim:
+            return f'"{group.name}.{own}" normalises over all heads'
+        if not norm or parameter.ndim != 1 or own.count(".") > 1:  # a list of norms has one for each head
+            return f'the heads of {type(module).__name__} are of no known form: how they share "{own}" is in no table'
+    return None
+
+
+def _asks_config(module: nn.Module) -> bool:
+    """Whether its forward pass reads how many heads there are and the module has no such number itself."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and any(count in code.co_names and not hasattr(module, count) for count in _COUNTS)
+
+
+def shares_keys(stack: nn.Module) -> bool:
+    """Whether blocks of this stack read keys and values that others of it made (Gemma 3n, Gemma 4)."""
+    return any(
+        vars(one).get(flag) for one in stack.modules() for flag in ("is_kv_shared_layer", "store_full_length_kv")
+    )
 
 
 def _blocks(units: int, entries: int) -> Tensor:
