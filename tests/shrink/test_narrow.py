@@ -75,6 +75,31 @@ def test_the_folder_is_checked_in_a_fresh_process(tmp_path):
     assert saved.verified.difference == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "channels") for name in ("t5", "whisper", "clip", "llava", "gpt2")]
+    + [(name, "heads") for name in ("qwen2", "phi3", "vit")],
+)
+def test_equal_widths_are_the_stock_class_s_by_whatever_name_the_config_has(name, kind, tmp_path):
+    model = MODELS[name]()
+    shrink(model, {g.name: range(g.units // 2) for g in coupled_groups(model).groups if g.kind == kind})
+    assert "layerwise_narrow" not in vars(type(model))
+    model.save_pretrained(tmp_path / "out")
+    again = type(model).from_pretrained(tmp_path / "out")
+    assert same(again, model)
+    batch = inputs_for(name, model, seed=0)
+    for got, wanted in zip(outputs(again, batch), outputs(model, batch), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_stacks_of_other_widths_are_the_stock_class_s_where_each_has_a_name():
+    for name, stock in (("whisper", True), ("t5", False)):
+        model = MODELS[name]()
+        groups = [group for group in coupled_groups(model).groups if group.kind == "channels"]
+        shrink(model, {g.name: range(24 if "encoder" in g.name else 40) for g in groups})
+        assert ("layerwise_narrow" not in vars(type(model))) == stock
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "phi3", "mixtral", "opt", "gpt_neox"])
 def test_equal_channels_load_with_the_stock_class(name, tmp_path):
     model = MODELS[name]()

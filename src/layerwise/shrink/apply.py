@@ -61,9 +61,9 @@ def apply(model: nn.Module, plan: Plan, data: Sequence[Batch] | None = None) -> 
     return Applied(before, after, dropped, tuple(notes))
 
 
-def kept_by(model: nn.Module, plan: Plan, coupling: Coupling) -> dict[str, list[int]]:
+def kept_by(model: nn.Module, plan: Plan, coupling: Coupling, *, multiples: bool = True) -> dict[str, list[int]]:
     """Group -> units that the plan keeps. Raises PlanError with everything that does not fit, or for a plan that says it is of another
-    model: this one may have been cut by it already, and its blocks count anew."""
+    model: this one may have been cut by it already, and its blocks count anew. multiples: whether fused experts must keep theirs."""
     structure = structure_of(model)
     names = {group.name for group in coupling.groups} | {block.name for block in structure.blocks}
     plan.check_model(structure.fingerprint, names)
@@ -95,7 +95,7 @@ def kept_by(model: nn.Module, plan: Plan, coupling: Coupling) -> dict[str, list[
             problems.append(
                 f'plan: "{name}" has {group.units} {group.kind}; 1 to {group.units} can be kept, not {units}.'
             )
-        elif units % group.multiple:
+        elif multiples and units % group.multiple:
             problems.append(f'plan: "{name}": {units} channels; fused experts run at multiples of {group.multiple}.')
         else:
             keep[name] = resize.chosen(group.units) or _largest(model, group, units)

@@ -16,8 +16,9 @@ from ..scores.fluctuation import Moments, moments
 from ..structure import Coupling, Group
 from ..structure.coupled import GroupKind
 from ..tasks.batches import Batch
+from .alike import built
 from .cut import Keep
-from .narrow import built, stock_class
+from .narrow import stock_class
 
 _FLAGS = {"heads": "attention_bias", "channels": "mlp_bias"}
 
