@@ -158,6 +158,37 @@ print(type(stock).__name__, stock.config.intermediate_size)
     assert all(torch.equal(first[name], third[name]) for name in first)
 
 
+AUTOS = (
+    "t5 ForSeq2SeqLM|t5 |bert ForMaskedLM|bert |gpt2 |gpt2 ForSequenceClassification|llama |gpt_neox |whisper ForSpeechSeq2Seq|whisper"
+    " |llava ForImageTextToText|vit "
+)
+
+
+def test_every_auto_class_builds_it(tmp_path):
+    """In a process of its own, since it stays registered. AutoModel takes what another class has within it, and the other way round."""
+    cases = [one.split(" ") for one in AUTOS.split("|")]
+    for name in {name for name, _ in cases}:
+        save(cut(name), tmp_path / name, verify=False)
+    program = f"""
+import layerwise as lw, transformers, torch
+from layerwise.structure import coupled_groups
+lw.register()
+for name, kind in {cases!r}:
+    folder = {str(tmp_path)!r} + "/" + name
+    model = getattr(transformers, "AutoModel" + kind).from_pretrained(folder)
+    want = {{group.name: group.units for group in coupled_groups(lw.load(folder)).groups}}
+    got = {{group.name: group.units for group in coupled_groups(model).groups}}
+    assert len(got) == len(want) and [*got.values()] == [*want.values()], (name, kind)
+    if name == "llama":
+        model.save_pretrained(folder + "-within")
+        whole = transformers.AutoModelForCausalLM.from_pretrained(folder + "-within")
+        assert {{group.name: group.units for group in coupled_groups(whole).groups}} == want
+    print(name, kind)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [" ".join(one) for one in cases], done.stderr
+
+
 def test_trainer_and_peft_work_on_it(tmp_path):
     pytest.importorskip("accelerate")
     peft = pytest.importorskip("peft")

@@ -8,7 +8,7 @@ refuses such a folder with an error, or builds it after `register()`. Widths tha
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,14 @@ def cut_to(model: nn.Module, layers: Mapping[int, Mapping[str, int]], groups: Ma
                     wanted[group.name] = (
                         units if group.kind == "channels" or KV_HEADS in said else units // group.queries
                     )
-    cut_units(model, {name: range(units) for name, units in wanted.items()}, coupling)
+    known = {group.name for group in coupling.groups}
+    cut_units(model, {_own_name(model, name, known): range(units) for name, units in wanted.items()}, coupling)
+
+
+def _own_name(model: nn.Module, name: str, names: Container[str]) -> str:
+    """A group's name in a model that is what another one has within it (`AutoModel` of a language model's folder), or has it within."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return next((one for one in (name, name.removeprefix(prefix), prefix + name) if one in names), name)
 
 
 def write_widths(model: nn.Module, folder: Path) -> None:
@@ -150,19 +157,14 @@ def is_narrow(config: Mapping[str, Any]) -> bool:
 
 
 def register() -> None:
-    """Let transformers' Auto classes of language models and classifiers build models with widths of each layer in this process:
+    """Let transformers' Auto classes build models with widths of each layer in this process:
     `AutoModelForCausalLM.from_pretrained(folder)` then does what `layerwise.load` does. Twice is as good as once."""
     import transformers
 
-    for name in (
-        "AutoModelForCausalLM",
-        "AutoModel",
-        "AutoModelForSequenceClassification",
-        "AutoModelForImageClassification",
-    ):
+    for name in (one for one in dir(transformers) if one.startswith("AutoModel")):
         auto = getattr(transformers, name)
-        if not isinstance(auto._model_mapping, _Narrowing):
-            auto._model_mapping = _Narrowing(auto._model_mapping)
+        if isinstance(table := getattr(auto, "_model_mapping", None), Mapping):
+            auto._model_mapping = _Narrowing(table)
 
 
 class _Narrowing:
