@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 
@@ -121,6 +122,26 @@ def test_equal_heads_load_with_the_stock_class_where_it_takes_a_size_of_heads(tm
     other = MODELS["gpt2"]()  # its heads are hidden size over their number
     shrink(other, {group.name: [0, 2, 3] for group in coupled_groups(other).groups if group.kind == "heads"})
     assert "layerwise_narrow" in vars(type(other))
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_it_is_pickled_and_copied(protocol):
+    model = cut("llama")
+    for again in (pickle.loads(pickle.dumps(model, protocol)), copy.deepcopy(model)):  # noqa: S301
+        assert type(again) is type(model)
+        assert same(again, model)
+        assert next(again.parameters()) is not next(model.parameters())
+        assert again.config is again.model.config is not model.config
+        batch = inputs_for("llama", model, seed=0)
+        assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+def test_torch_saves_it_whole(tmp_path):
+    model = cut("llama")
+    torch.save(model, tmp_path / "model.pt")
+    program = f"import torch; print(type(torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)).__name__)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "LlamaForCausalLM\n"
 
 
 def test_cutting_again_and_back_to_equal(tmp_path):

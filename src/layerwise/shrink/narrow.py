@@ -69,12 +69,28 @@ def narrow(architecture: type[Any]) -> type[Any]:
         write_widths(self, Path(folder))
         return found
 
-    members = {"__init__": __init__, "save_pretrained": save_pretrained, "layerwise_narrow": True}
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
+        # by the class of transformers: this one has its name, and no place to be found at
+        found: Any = object.__reduce_ex__(self, max(2, protocol))
+        return _empty, (architecture,), *found[2:]
+
+    members = {
+        "__init__": __init__,
+        "save_pretrained": save_pretrained,
+        "__reduce_ex__": __reduce_ex__,
+        "layerwise_narrow": True,
+    }
     return type(
         architecture.__name__,
         (architecture,),
         {**members, "__module__": architecture.__module__, "__doc__": architecture.__doc__},
     )
+
+
+def _empty(architecture: type[Any]) -> Any:
+    """A narrow model that a pickle or a copy is about to fill."""
+    kind: Any = narrow(architecture)  # type: ignore[arg-type]
+    return kind.__new__(kind)
 
 
 def taken_apart(config: Any) -> tuple[Any, dict[int, dict[str, int]], dict[str, int]]:
