@@ -36,9 +36,8 @@ def test_the_model_is_really_smaller(here, same_process, capsys, words):
     assert "Win quality back: layerwise recover" in out
     assert ("Loads with layerwise.load" in out) or ("Loads with transformers" in out)
     after = parameters("out")
-    more = {"flap": 0.01, "budget=macs": 0.02}  # means in the place of what went; embeddings, which multiply nothing
-    biases = more.get(words[0], more.get(words[-1], 0))
-    assert 0.5 * before < after <= (0.8 + biases) * before
+    more = 0.02 if words[-1] == "budget=macs" else 0  # embeddings, which multiply nothing
+    assert 0.5 * before < after <= (0.8 + more) * before
     record = json.loads((here / "out/layerwise.json").read_text())["result"]
     assert record["parameters"] == {"before": before, "after": after}
     smaller, larger = (sum(f.stat().st_size for f in (here / x).glob("*.safetensors")) for x in ("out", "model"))
@@ -108,6 +107,13 @@ def test_trained_in_turn_it_is_recorded_and_the_work_folder_goes(here, same_proc
         (["--method", "wanda", "--parameters", "0.5"], '"wanda" is a solver, which computes the weights'),
         (["--method", "owl", "--parameters", "0.5", *DRAW], "method owl takes no --parameters"),
         (["--method", "flap", "--sparsity", "0.5", *DRAW], "method flap takes no --sparsity"),
+        (["--method", "shortgpt", "--latency", "0.6", *DRAW], "method shortgpt takes no --latency 0.6"),
+        (
+            ["--method", "owl", "--macs", "0.6", *DRAW],
+            "methods that take --macs: magnitude-width, random-width, llm-pruner",
+        ),
+        (["--method", "flap", "--latency", "0.6", "--set", "budget=macs", *DRAW], "--latency and --set budget="),
+        (["--method", "flap", "--macs", "0.6", "--set", "parameters=0.5", *DRAW], "--macs and --set parameters="),
         (["--method", "flap", "--parameters", "0.8", "--stages", "3", *DRAW], "--stages: not used"),
         (["--sparsity", "0.5", "--recover-minutes", "3", *DRAW], "use layerwise recover"),
         (["--method", "magnitude-width", "--multiple-of", "8"], "--multiple-of: not used"),

@@ -48,6 +48,14 @@ def test_wider_ones_and_trained_ones_that_were_cut(tmp_path):
     assert torch.equal(load_cropped(Toy(), save_cropped(model, tmp_path / "cut", plan))(X), model(X))
 
 
+def test_a_network_that_has_not_the_plan_s_widths_is_not_written(tmp_path):
+    _, plan = cropped()
+    for other, words in ((Toy(), r'"\w+" has \d+ channels'), (CNNS["flat"](), "has no channels")):
+        with pytest.raises(ModelError, match=rf"{words} that can change, \d+ in the plan: crop"):
+            save_cropped(other, tmp_path / "out", plan)
+    assert not (tmp_path / "out").exists()
+
+
 def test_folders_that_do_not_fit(tmp_path):
     model, plan = cropped()
     folder = save_cropped(model, tmp_path / "out", plan)

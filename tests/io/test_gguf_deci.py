@@ -12,9 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from layerwise.errors import ConfigError, MissingExtra, ModelError, OutputError, SaveError
 from layerwise.io import gguf_deci, load, load_tokenizer, model_folder, save_gguf
 from layerwise.io.gguf_tokenizer import _LLAMA3
-from layerwise.shrink import cut_hidden, drop_blocks, shrink
+from layerwise.methods import FLAP
+from layerwise.shrink import apply, cut_hidden, drop_blocks, shrink
 from layerwise.structure import coupled_groups
-from models import DECODER, MODELS, small_llama
+from layerwise.tasks.batches import Batches
+from models import DECODER, MODELS, inputs_for, small_llama
 from shrinking import drawn
 
 gguf = pytest.importorskip("gguf")
@@ -122,6 +124,22 @@ def test_the_graph_of_llama_cpp_gives_what_the_model_gives(name, tmp_path):
     torch.testing.assert_close(as_llama_cpp(reader, ids), wanted, rtol=1e-5, atol=1e-5)
     assert saved.tensors == len(reader.tensors) == len([*gguf_deci.tensors_of(model)])
     assert len({*saved.channels}) == 2
+
+
+def test_zero_biases_beside_those_that_flap_gives_are_not_written(tmp_path):
+    model = MODELS["llama"]()
+    data = Batches(tuple(inputs_for("llama", model, seed=seed) for seed in range(2)), {})
+    apply(model, FLAP(parameters=0.7).plan(model, data), data)
+    assert any(heads < 4 for heads in gguf_deci.widths(model)[1])
+    save_gguf(model, tmp_path / "out.gguf", dtype="F32")
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    biases = {tensor.name for tensor in reader.tensors if tensor.name.endswith(".bias")}
+    assert biases
+    assert all("attn_output" in name or "ffn_down" in name for name in biases)
+    ids = torch.randint(4, 90, (40,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = model.double()(input_ids=ids[None], use_cache=False).logits[0]
+    torch.testing.assert_close(as_llama_cpp(reader, ids), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_every_tensor_and_number(tmp_path):
@@ -278,7 +296,7 @@ def test_models_that_it_does_not_compute(tmp_path):
     ):
         with pytest.raises(ModelError, match=words):
             save_gguf(model, out)
-    model = MODELS["qwen2"]()
+    model = with_biases(MODELS["qwen2"]())
     shrink(model, {"model.layers.1.self_attn": [0]})
     with pytest.raises(
         ModelError, match=r'"model.layers.1.self_attn.q_proj" has a bias, and llama.cpp reads .*\(32\): keep all heads'

@@ -15,7 +15,7 @@ from layerwise.methods import METHODS, AdaptPruner, method_from
 from layerwise.methods.flap import above_threshold, code_cost, standard, strictly_above
 from layerwise.methods.widths import Widths
 from layerwise.plan import Plan
-from layerwise.shrink import apply, kept_by
+from layerwise.shrink import apply
 from layerwise.structure import coupled_groups, numbers_of, structure_of
 from layerwise.tasks.batches import Batches
 from models import MODELS, inputs_for, small_llama
@@ -53,21 +53,15 @@ def test_the_budget_is_met_to_less_than_a_unit_and_the_plan_applies(name, model_
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert plan == made(name, 0.75).plan(model, data)
     assert Plan.from_text(plan.to_yaml()) == plan
-    groups = coupled_groups(model).groups
-    # Adapt-Pruner's last step may have taken heads alone, and what earlier steps took does not come back
-    costs = [numbers_of(model, group) for group in groups]
-    smallest = max(costs) if name == "adapt-pruner" else min(costs)
-    keep = kept_by(model, plan, coupled_groups(model))
-    left = total - sum(
-        numbers_of(model, group) * (group.units - len(keep.get(group.name, range(group.units)))) for group in groups
-    )
     target = int(total * 0.75)
-    assert left <= target < left + smallest
     assert plan.budget.parameters == target
     assert plan.model.fingerprint == structure_of(model).fingerprint
-    without = plan.model_copy(update={"method": {**plan.method, "compensate": False}})
-    applied = apply(model, without)
-    assert applied.after == left == sum(one.numel() for one in model.parameters())
+    left = apply(model, plan, data).after
+    assert left == sum(one.numel() for one in model.parameters())
+    # Adapt-Pruner's last step may have taken heads alone, and what earlier steps took does not come back
+    costs = [numbers_of(model, group) for group in coupled_groups(model).groups]  # with the biases that FLAP gives
+    assert left <= target < left + (max(costs) if name == "adapt-pruner" else min(costs))
+    assert plan.notes[0].startswith(f"{left:,} of {total:,} parameters stay")
     with torch.no_grad():
         assert all(one.isfinite().all() for one in model(**data[0]).logits)
 
@@ -176,6 +170,19 @@ def test_llm_pruner_s_counts_on_its_own_models():
             for group in widths.groups
         }
         assert parameters_of(widths.total, widths.sized, kept) == after
+
+
+@pytest.mark.parametrize("budget", ["parameters", "bytes"])
+@pytest.mark.parametrize("more", [{}, {"min_heads": 2}, {"min_channels": 64}, {"parameters": 1.0}, {"reference": True}])
+def test_flap_counts_the_biases_that_it_will_give(budget, more):
+    """Of attentions where one of them is cut, of MLPs likewise; none for what stays whole."""
+    model = MODELS["llama"]()
+    data = data_for("llama", model)
+    method = method_from("flap", **{"parameters": 0.9, "budget": budget, **more})
+    plan = method.plan(model, data)
+    left = apply(model, plan, data).after
+    assert plan.notes[0].startswith(f"{left * (4 if budget == 'bytes' else 1):,} of ")
+    assert method.reference or left <= method.parameters * sum(one.numel() for one in MODELS["llama"]().parameters())
 
 
 def test_flap_s_threshold_over_the_model():

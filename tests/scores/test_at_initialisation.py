@@ -140,6 +140,18 @@ def test_flow_passes_activations_that_are_cut_off_at_the_top(cut):
         torch.testing.assert_close(got[name], want[name])
 
 
+@pytest.mark.parametrize("end", [nn.Softmax(1), nn.LogSoftmax(1)])
+def test_flow_is_summed_before_a_softmax_that_ends_the_network(end):
+    body = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    want, got = (
+        synflow_scores(one, batches(torch.ones(1, 8)), structure_of(one, include=["*"]))
+        for one in (nn.Sequential(body), nn.Sequential(body, end))
+    )
+    assert all((score > 0).any() for score in want.values())
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=0)
+
+
 def test_flow_is_conserved_in_a_network_with_batch_norms():
     model = MODELS["cifar_resnet"]()
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 
@@ -75,6 +76,31 @@ def test_the_folder_is_checked_in_a_fresh_process(tmp_path):
     assert saved.verified.difference == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "channels") for name in ("t5", "whisper", "clip", "llava", "gpt2")]
+    + [(name, "heads") for name in ("qwen2", "phi3", "vit")],
+)
+def test_equal_widths_are_the_stock_class_s_by_whatever_name_the_config_has(name, kind, tmp_path):
+    model = MODELS[name]()
+    shrink(model, {g.name: range(g.units // 2) for g in coupled_groups(model).groups if g.kind == kind})
+    assert "layerwise_narrow" not in vars(type(model))
+    model.save_pretrained(tmp_path / "out")
+    again = type(model).from_pretrained(tmp_path / "out")
+    assert same(again, model)
+    batch = inputs_for(name, model, seed=0)
+    for got, wanted in zip(outputs(again, batch), outputs(model, batch), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_stacks_of_other_widths_are_the_stock_class_s_where_each_has_a_name():
+    for name, stock in (("whisper", True), ("t5", False)):
+        model = MODELS[name]()
+        groups = [group for group in coupled_groups(model).groups if group.kind == "channels"]
+        shrink(model, {g.name: range(24 if "encoder" in g.name else 40) for g in groups})
+        assert ("layerwise_narrow" not in vars(type(model))) == stock
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "phi3", "mixtral", "opt", "gpt_neox"])
 def test_equal_channels_load_with_the_stock_class(name, tmp_path):
     model = MODELS[name]()
@@ -96,6 +122,26 @@ def test_equal_heads_load_with_the_stock_class_where_it_takes_a_size_of_heads(tm
     other = MODELS["gpt2"]()  # its heads are hidden size over their number
     shrink(other, {group.name: [0, 2, 3] for group in coupled_groups(other).groups if group.kind == "heads"})
     assert "layerwise_narrow" in vars(type(other))
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_it_is_pickled_and_copied(protocol):
+    model = cut("llama")
+    for again in (pickle.loads(pickle.dumps(model, protocol)), copy.deepcopy(model)):  # noqa: S301
+        assert type(again) is type(model)
+        assert same(again, model)
+        assert next(again.parameters()) is not next(model.parameters())
+        assert again.config is again.model.config is not model.config
+        batch = inputs_for("llama", model, seed=0)
+        assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+def test_torch_saves_it_whole(tmp_path):
+    model = cut("llama")
+    torch.save(model, tmp_path / "model.pt")
+    program = f"import torch; print(type(torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)).__name__)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "LlamaForCausalLM\n"
 
 
 def test_cutting_again_and_back_to_equal(tmp_path):
@@ -131,6 +177,37 @@ print(type(stock).__name__, stock.config.intermediate_size)
     first, third = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "third"))
     assert first.keys() == third.keys()
     assert all(torch.equal(first[name], third[name]) for name in first)
+
+
+AUTOS = (
+    "t5 ForSeq2SeqLM|t5 |bert ForMaskedLM|bert |gpt2 |gpt2 ForSequenceClassification|llama |gpt_neox |whisper ForSpeechSeq2Seq|whisper"
+    " |llava ForImageTextToText|vit "
+)
+
+
+def test_every_auto_class_builds_it(tmp_path):
+    """In a process of its own, since it stays registered. AutoModel takes what another class has within it, and the other way round."""
+    cases = [one.split(" ") for one in AUTOS.split("|")]
+    for name in {name for name, _ in cases}:
+        save(cut(name), tmp_path / name, verify=False)
+    program = f"""
+import layerwise as lw, transformers, torch
+from layerwise.structure import coupled_groups
+lw.register()
+for name, kind in {cases!r}:
+    folder = {str(tmp_path)!r} + "/" + name
+    model = getattr(transformers, "AutoModel" + kind).from_pretrained(folder)
+    want = {{group.name: group.units for group in coupled_groups(lw.load(folder)).groups}}
+    got = {{group.name: group.units for group in coupled_groups(model).groups}}
+    assert len(got) == len(want) and [*got.values()] == [*want.values()], (name, kind)
+    if name == "llama":
+        model.save_pretrained(folder + "-within")
+        whole = transformers.AutoModelForCausalLM.from_pretrained(folder + "-within")
+        assert {{group.name: group.units for group in coupled_groups(whole).groups}} == want
+    print(name, kind)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [" ".join(one) for one in cases], done.stderr
 
 
 def test_trainer_and_peft_work_on_it(tmp_path):

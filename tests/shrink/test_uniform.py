@@ -83,6 +83,15 @@ def test_the_result_is_a_stock_folder(tmp_path):
     assert model.config.intermediate_size == 32
 
 
+def test_what_fused_experts_cannot_have_is_rounded():
+    model = MODELS["qwen3_moe"]()
+    groups = [group for group in coupled_groups(model).groups if group.kind == "channels"]
+    plan = uniform_widths(model, dict.fromkeys((group.name for group in groups), 12), multiple_of=1)
+    assert {*channels(plan).values()} == {8}
+    apply(model, plan)
+    assert model.config.moe_intermediate_size == 8
+
+
 def test_blocks_that_are_dropped_do_not_count():
     model = four()
     layers = {"model.layers.0.mlp": Resize(channels=16), "model.layers.1.mlp": Resize(channels=32)}

@@ -1,5 +1,7 @@
 """Channels that belong together, read from a trace: worked by hand for each way of joining, and refused where it cannot be told."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 
 from cnns import CNNS, IMAGE, DenseNet, Halves, MobileNet, OptionA, Shuffle, SqueezeExcite, Toy
 from layerwise.errors import ModelError
+from layerwise.shrink import shrink_channels, zero_channels
 from layerwise.structure import cnn_channels
 from layerwise.structure.channel_layout import cut_at, new, repeated, resolved, tie, width
 from layerwise.structure.cnn_channels import Run
@@ -114,7 +117,7 @@ class Gamma(nn.Module):
 @pytest.mark.parametrize(
     ("middle", "word"),
     [
-        (lambda x: torch.softmax(x, 1), '"softmax".*softmax has no rule'),
+        (lambda x: x.cumsum(1), '"cumsum".*cumsum has no rule'),
         (lambda x: x[:, torch.tensor([0, 2, 1, 3, 4, 5, 6, 7])], "by tensors"),
         (lambda x: x.mean(1, keepdim=True).expand(-1, 8, -1, -1), "reduces over channels"),
         (lambda x: x.roll(1, 1), "roll has no rule"),
@@ -125,8 +128,9 @@ class Gamma(nn.Module):
     ],
 )
 def test_what_is_not_known_is_refused_by_name(middle, word):
-    with pytest.raises(ModelError, match=word):
+    with pytest.raises(ModelError, match=word) as caught:
         cnn_channels(Ends(middle), IMAGE)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -136,12 +140,60 @@ def test_what_is_not_known_is_refused_by_name(middle, word):
         (lambda x: x.reshape(-1, 4, 2, 8, 8).transpose(1, 2).reshape(-1, 8, 8, 8), "as a number"),
         (lambda x: x * x[:, 3].unsqueeze(1), "single channels are taken by number"),
         (nn.LayerNorm([8, 8, 8]), "normalises whole maps"),
+        (lambda x: torch.softmax(x, 1), "softmax mixes its channels"),
+        (nn.Softmax2d(), "softmax mixes its channels"),
     ],
 )
 def test_what_cannot_be_followed_stays_whole_with_the_reason(middle, why):
     channels = cnn_channels(Ends(middle), IMAGE)
     assert "a" not in channels.widths
     assert why in dict(channels.left)["a"]
+
+
+@pytest.mark.filterwarnings("ignore:Implicit dimension")
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda x: F.log_softmax(x, dim=1),
+        lambda x: F.softmax(x, -1),
+        lambda x: x.softmax(1),
+        nn.Softmax(dim=1),
+        nn.LogSoftmax(dim=-1),
+        nn.Softmax(),
+    ],
+)
+def test_softmax_of_the_outputs_changes_nothing(end):
+    class Ending(Ends):
+        def forward(self, x):
+            return self.middle(self.b(self.a(x)).mean((2, 3))) if self.middle else end(super().forward(x))
+
+    model = Ending(end) if isinstance(end, nn.Module) else Ending(F.relu)
+    channels = cnn_channels(model, IMAGE)
+    assert channels.widths == {"a": 8}
+    assert "it is an output of the model" in dict(channels.left)["b"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "middle",
+    [
+        nn.SELU(),
+        F.selu,
+        nn.InstanceNorm2d(8, affine=True, track_running_stats=True),
+        nn.InstanceNorm2d(8, affine=True),
+        nn.InstanceNorm2d(8),
+        lambda x: x.flatten(2).softmax(2).unflatten(2, (8, 8)),
+    ],
+)
+def test_each_channel_s_own_goes_with_it(middle):
+    model = Ends(middle).eval()
+    channels = cnn_channels(model, IMAGE)
+    assert channels.widths == {"a": 8}
+    zeroed = copy.deepcopy(model)
+    zero_channels(zeroed, {"a": [0, 3, 4]}, channels)
+    shrink_channels(model, {"a": [0, 3, 4]}, channels)
+    x = torch.randn(2, *IMAGE, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(x), zeroed(x))
 
 
 def test_group_norm_ties_its_groups_and_pixel_shuffle_its_squares():

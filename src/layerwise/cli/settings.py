@@ -65,24 +65,27 @@ class MethodChoice:
             "bits": self._bits(name),
             "levels": self.levels,
             "target": self.target,
-            **self._share(),
+            **(share := self._share()),
         }
         given = {key: value for key, value in common.items() if value is not None}
         if name in METHODS:
             known = {one.name for one in fields(METHODS[name])}  # type: ignore[arg-type]
-            for key, value in given.items():
-                if key not in known:
-                    others = ", ".join(one for one, kind in METHODS.items() if key in {f.name for f in fields(kind)})  # type: ignore[arg-type]
-                    raise ConfigError(
-                        f"method {name} takes no {_option_of(key)} {value}. It has {', '.join(sorted(known))};"
-                        f" methods that take {_option_of(key)}: {others}."
-                    )
+            if odd := next((key for key in given if key not in known), None):
+                option, wanted = self._option_of(odd), {*share} if odd in share else {odd}
+                others = ", ".join(one for one, kind in METHODS.items() if wanted <= {f.name for f in fields(kind)})  # type: ignore[arg-type]
+                raise ConfigError(
+                    f"method {name} takes no {option} {share['parameters'] if odd in share else given[odd]}."
+                    f" It has {', '.join(sorted(known))}; methods that take {option}: {others}."
+                )
             given |= {key: value for key, value in more.items() if key in known}
         settings = pairs(self.set, "--set")
         if "solver" in settings and "solver" in more:
             raise ConfigError(f"--set solver={settings['solver']}: the solver of this command is given by --solver.")
-        if twice := [key for key in common if key in settings and getattr(self, key) is not None]:
-            raise ConfigError(f"{_option_of(twice[0])} and --set {twice[0]}=: the same setting twice. Give it once.")
+        typed = {key: share[key] if key in share else getattr(self, key) for key in common}
+        if twice := [key for key, value in typed.items() if key in settings and value is not None]:
+            raise ConfigError(
+                f"{self._option_of(twice[0])} and --set {twice[0]}=: the same setting twice. Give it once."
+            )
         return method_from(name, **{**given, **settings})
 
     def _share(self) -> dict[str, Any]:
@@ -96,6 +99,14 @@ class MethodChoice:
             return {"parameters": self.parameters}
         kind, share = next(iter(given.items()))
         return {"parameters": share, "budget": kind}
+
+    def _option_of(self, setting: str) -> str:
+        """What was typed for a setting."""
+        if setting in ("parameters", "budget"):
+            return next(
+                (f"--{name}" for name in ("macs", "latency") if getattr(self, name) is not None), "--parameters"
+            )
+        return "--for" if setting == "target" else f"--{setting.replace('_', '-')}"
 
     @property
     def narrows(self) -> bool:
@@ -139,10 +150,6 @@ class MethodChoice:
             if kept.isdigit() and group.isdigit() and 0 < int(kept) <= int(group):
                 return Prune(sparsity=1 - int(kept) / int(group), pattern=self.pattern).sparsity
         return self.sparsity
-
-
-def _option_of(setting: str) -> str:
-    return "--for" if setting == "target" else f"--{setting.replace('_', '-')}"
 
 
 def treatment_of(plan: "Plan") -> "Treatment":

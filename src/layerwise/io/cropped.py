@@ -19,6 +19,7 @@ from ..errors import MissingExtra, ModelError, SaveError
 from ..files import output_file
 from ..plan import Plan, Resize
 from ..shrink import crop, image_of
+from ..structure import cnn_channels
 from ..version import __version__
 from .load import load_into
 from .whole import check_output, whole_folder
@@ -30,11 +31,17 @@ def save_cropped(model: nn.Module, folder: str | Path, plan: Plan, *, force: boo
     """Write the weights of a network that has the widths of `plan` (`shrink.crop`, `shrink.shrink_channels`), and the plan. The folder
     appears whole or not at all, and every tensor has been read back.
 
-    Raises OutputError (exists, not writable), PlanError for a plan without widths or image size, SaveError where what was written
-    is not what is in memory.
+    Raises OutputError (exists, not writable), PlanError for a plan without widths or image size, ModelError for a network that has other
+    widths or cannot be traced, SaveError where what was written is not what is in memory.
     """
-    size = "x".join(map(str, image_of(plan)))
+    image = image_of(plan)
+    size = "x".join(map(str, image))
     widths = {name: one.resize.channels for name, one in plan.layers.items() if one.resize}
+    has = cnn_channels(model, image).widths
+    if odd := next((name for name, width in widths.items() if has.get(name) != width), None):
+        raise ModelError(
+            f'"{odd}" has {has.get(odd, "no")} channels that can change, {widths[odd]} in the plan: crop(model, plan) comes first.'
+        )
     target = check_output(folder, force=force)
     tensors = _tensors(model)
     facts: dict[str, Any] = {"layerwise": __version__, ENTRY: {"image_size": size, "widths": widths}}

@@ -111,6 +111,10 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             ("ffn_down", mlp.down_proj),
         ):  # fmt: skip
             for own, tensor in linear.named_parameters():
+                if (
+                    own == "bias" and not tensor.any()
+                ):  # llama.cpp needs no bias, and takes one of queries not at every width
+                    continue
                 turned = _neighbours(tensor, attention.head_dim) if name in ("attn_q", "attn_k") else tensor
                 yield f"blk.{index}.{name}.{own}", turned
     yield "output_norm.weight", decoder.norm.weight
@@ -193,7 +197,7 @@ def _attentions(config: Any) -> set[str]:
 def _odd_bias(model: nn.Module) -> str | None:
     for index, block in enumerate(_blocks(model)):
         q = block.self_attn.q_proj
-        if q.bias is not None and q.out_features != q.in_features:
+        if q.bias is not None and q.bias.any() and q.out_features != q.in_features:
             return f"model.layers.{index}.self_attn.q_proj"
     return None
 

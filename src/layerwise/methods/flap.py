@@ -4,21 +4,25 @@
 Needs text, no gradients. Departures: mean and variance are exact over all tokens (the code's running statistic aliases its mean); the
 budget is of the whole model's parameters, a unit costing what it takes along (the code fixes 512/3 for a head); a score that is constant
 over a layer gives zeros, not NaN; the threshold's own unit is kept; no layer loses all its heads. `reference` brings back the statistic,
-the costs and the threshold: units are then fewer than asked for. Biases are the exact means all the same, added to what is there.
+the costs and the threshold: units are then fewer than asked for. Biases are the exact means all the same, added to what is there; those
+that the layers do not have yet count as parameters.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..allocate.units import fill, parameters_of
+from ..allocate.units import check_target, fill, parameters_of
 from ..errors import ConfigError, DataError
 from ..plan import Plan
 from ..scores.fluctuation import KINDS, fluctuations, moments, running
-from ..structure import Group, Structure
+from ..shrink.biases import kinds_to_give, linears_to_give
+from ..structure import Group, Structure, coupled_groups
+from ..structure.coupled import GroupKind
 from ..tasks.batches import Batches, count_samples
 from .base import needed
 from .widths import Widths, check_share, lowest_go, widths_plan
@@ -62,8 +66,54 @@ class FLAP:
         seen = (running if self.reference else moments)(model, batches, widths.groups)
         found = fluctuations(model, widths.groups, seen, self.score, square_heads=self.square_heads)
         scores = {name: standard(one) for name, one in found.items()}
-        counts = _by_the_code(scores, widths) if self.reference else above_threshold(scores, widths)
+        if self.reference:
+            counts = _by_the_code(scores, widths)
+            widths = self._with_biases(model, widths, _cut(widths, counts))
+        else:
+            widths, counts = self._within(model, widths, scores)
         return widths_plan(self, widths, lowest_go(scores, counts), {n: float(one.mean()) for n, one in found.items()})
+
+    def _within(self, model: nn.Module, widths: Widths, scores: Mapping[str, Tensor]) -> tuple[Widths, dict[str, int]]:
+        """Counts whose model fits into the target with its biases. Attentions get theirs if one of them is cut, and MLPs: where none
+        of a kind is, there is room for more of the other."""
+        least = {name: one.allowed(0) for name, one in widths.sized.items()}
+        cut = _cut(widths, least) if widths.target < widths.total else ()
+        while True:
+            counted = self._with_biases(model, widths, cut)
+            check_target(counted.target, counted.total, counted.sized, "FLAP", widths.costs.unit, widths.costs.words)
+            counts = above_threshold(scores, counted)
+            before, cut = {group.kind for group in cut}, _cut(widths, counts)
+            if before <= {group.kind for group in cut}:
+                return counted, counts
+
+    def _with_biases(self, model: nn.Module, widths: Widths, cut: Iterable[Group]) -> Widths:
+        """The same with the biases counted that applying a plan which cuts these groups gives."""
+        if not self.compensate or self.budget not in ("parameters", "bytes"):
+            return widths
+        counted, coupling = copy.copy(widths), coupled_groups(model)
+        for kind in kinds_to_give(model, cut, coupling):
+            _count_biases(model, counted, kind, linears_to_give(model, kind, coupling))
+        return counted
+
+
+def _cut(widths: Widths, counts: Mapping[str, int]) -> tuple[Group, ...]:
+    return tuple(group for group in widths.groups if counts[group.name] < group.units)
+
+
+def _count_biases(model: nn.Module, widths: Widths, kind: GroupKind, linears: Iterable[str]) -> None:
+    """Add a bias for each of these linears to the total and to what the units of its group cost."""
+    sizes = {f"{name}.weight": 1 for name in linears}
+    if widths.budget == "bytes":
+        sizes = {name: model.get_parameter(name).element_size() for name in sizes}
+    widths.total += sum(size * model.get_parameter(name).shape[0] for name, size in sizes.items())
+    more = {
+        group.name: sum(
+            part.index.shape[1] * sizes.get(part.parameter, 0) for part in group.parts if part.side == "out"
+        )
+        for group in widths.groups
+        if group.kind == kind
+    }
+    widths.sized = {name: replace(one, cost=one.cost + more.get(name, 0)) for name, one in widths.sized.items()}
 
 
 def standard(scores: Tensor) -> Tensor:

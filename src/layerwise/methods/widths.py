@@ -139,7 +139,8 @@ def widths_plan(
     words = widths.costs.words
     off = f", {words(abs(widths.target - left))} {'fewer' if left <= widths.target else 'more'} than asked for"
     short = "" if widths.budget == "latency" else off
-    said = [f"{words(left)} of {words(widths.total)} {widths.costs.unit} stay ({left / widths.total:.2%}){short}."]
+    total = widths.costs.total  # of the model as it is; `widths.total` may count biases that cutting gives it
+    said = [f"{words(left)} of {words(total)} {widths.costs.unit} stay ({left / total:.2%}){short}."]
     return Plan(
         model=widths.facts,
         method=method,

@@ -4,7 +4,8 @@ The flow is the sum of the outputs for an input of ones; no label and no value o
 unit and what comes out is the same flow, so that no layer of a network of ReLUs is emptied before the others. Departures from the
 official code: D1 the running means of batch norms count as zero, not by absolute value, so that all signals stay positive in a trained
 network too. D2 token ids stay as they are: there are no ones to look up. D3 no activation is cut off at the top (ReLU6,
-hard tanh): the flow of absolute weights is far above 6, and behind the cut nothing would carry any.
+hard tanh): the flow of absolute weights is far above 6, and behind the cut nothing would carry any. D4 where the output is a softmax the
+flow is summed before it: behind it the sum is always one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ from ..structure import Structure, parameter_of, structure_of
 from ..tasks import left_alone
 from ..tasks.batches import Batch, call
 from .stage import handed_over
+
+_SOFTMAX = (F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, Tensor.softmax, Tensor.log_softmax)
 
 
 def synaptic_flow(weight: Tensor, gradient: Tensor) -> Tensor:
@@ -65,24 +68,29 @@ def synflow_scores(
         scores[name] = flow.cpu().double()
         weight.data = weight.new_empty(0)  # every operation that looked at it has had its turn
 
-    with left_alone([model]), torch.enable_grad(), handed_over(leaves, take), _Uncut():
-        _flow(model, tensors, _of_ones(data[0], dtype)).backward(inputs=list(leaves.values()))  # type: ignore[no-untyped-call]
+    with left_alone([model]), torch.enable_grad(), handed_over(leaves, take), _Uncut() as uncut:
+        _flow(model, tensors, _of_ones(data[0], dtype), uncut).backward(inputs=list(leaves.values()))  # type: ignore[no-untyped-call]
     unseen = {name: leaf.shape for name, leaf in leaves.items() if name not in scores}
     scores |= {name: torch.zeros(shape, dtype=torch.float64) for name, shape in unseen.items()}
     return {name: scores[name] for name in leaves}
 
 
-def _flow(model: nn.Module, tensors: Mapping[str, Tensor], ones: Batch) -> Tensor:
+def _flow(model: nn.Module, tensors: Mapping[str, Tensor], ones: Batch, uncut: "_Uncut") -> Tensor:
     """The flow through the model with these tensors for its own, with its graph."""
     with running(0):
-        flow: Tensor = functional_call(_Flow(model), {f"model.{n}": tensor for n, tensor in tensors.items()}, (ones,))
+        flow: Tensor = functional_call(
+            _Flow(model, uncut), {f"model.{n}": tensor for n, tensor in tensors.items()}, (ones,)
+        )
     if not flow.requires_grad:
         raise ModelError(f"the outputs of {type(model).__name__} depend on none of the layers.")
     return flow
 
 
 class _Uncut(TorchFunctionMode):
-    """D3, wherever the model calls them. Nothing is written in place: what comes in is positive almost everywhere, and stays as it is."""
+    """D3, wherever the model calls them. Nothing is written in place: what comes in is positive almost everywhere, and stays as it is.
+    softmax: what the last one of the model gave, and of what (D4)."""
+
+    softmax: tuple[Tensor, Tensor] | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -92,15 +100,18 @@ class _Uncut(TorchFunctionMode):
             return F.relu(args[0])
         if func in (F.hardtanh, F.hardtanh_):
             return args[0].clamp(min=given.get("min_val", args[1] if len(args) > 1 else -1.0))
-        return func(*args, **given)
+        result = func(*args, **given)
+        if func in _SOFTMAX:
+            self.softmax = result, args[0] if args else given["input"]
+        return result
 
 
 class _Flow(nn.Module):
     """The sum of the logits, or of the first floating output, as a module that can be called on stand-ins."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, uncut: _Uncut) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.uncut = model, uncut
 
     def forward(self, batch: Batch) -> Tensor:
         output = call(self.model, batch)
@@ -108,7 +119,8 @@ class _Flow(nn.Module):
         leaves = [logits] if isinstance(logits, Tensor) else tree_leaves(output)
         for leaf in leaves:
             if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                return leaf.sum()
+                last, before = self.uncut.softmax or (None, leaf)
+                return (before if leaf is last else leaf).sum()
         raise ModelError(f"{type(self.model).__name__} gives no output that could be summed.")
 
 

@@ -6,25 +6,22 @@ differs); models that this cannot say (several stacks, several MLPs in a block) 
 refuses such a folder with an error, or builds it after `register()`. Widths that are the same in all blocks need none of this.
 """
 
-import contextlib
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..structure import Coupling, Group, coupled_groups, structure_of
+from .alike import CHANNELS, HEADS, KV_HEADS, alike, built, say
 from .cut import cut_units
 
 PER_LAYER, WIDTHS = "per_layer_config", "layerwise_widths"  # in config.json
 GLOBAL_READS = "allow_global_per_layer_attribute_access"  # transformers' own: its configs check sizes that layers may say otherwise
 REMOTE_MODULE = "modeling_layerwise"  # of a folder that brings its own code (`io.remote_code`)
-_CHANNELS = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size")
-_HEADS, _KV_HEADS = "num_attention_heads", "num_key_value_heads"
 
 
 def settle(model: nn.Module) -> None:
@@ -36,9 +33,8 @@ def settle(model: nn.Module) -> None:
         return
     stock = stock_class(model)
     now = coupled_groups(model)
-    if widths_of(model, now) and (config := _alike(model, stock, now)) is not None:
-        for name, value in config.items():
-            setattr(model.config, name, value)
+    if widths_of(model, now) and (said := alike(model, stock, now)) is not None:
+        say(model.config, said)
     forget_code(model.config)
     model.__class__ = narrow(stock) if widths_of(model, now) else stock  # type: ignore[arg-type]
 
@@ -73,12 +69,28 @@ def narrow(architecture: type[Any]) -> type[Any]:
         write_widths(self, Path(folder))
         return found
 
-    members = {"__init__": __init__, "save_pretrained": save_pretrained, "layerwise_narrow": True}
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
+        # by the class of transformers: this one has its name, and no place to be found at
+        found: Any = object.__reduce_ex__(self, max(2, protocol))
+        return _empty, (architecture,), *found[2:]
+
+    members = {
+        "__init__": __init__,
+        "save_pretrained": save_pretrained,
+        "__reduce_ex__": __reduce_ex__,
+        "layerwise_narrow": True,
+    }
     return type(
         architecture.__name__,
         (architecture,),
         {**members, "__module__": architecture.__module__, "__doc__": architecture.__doc__},
     )
+
+
+def _empty(architecture: type[Any]) -> Any:
+    """A narrow model that a pickle or a copy is about to fill."""
+    kind: Any = narrow(architecture)  # type: ignore[arg-type]
+    return kind.__new__(kind)
 
 
 def taken_apart(config: Any) -> tuple[Any, dict[int, dict[str, int]], dict[str, int]]:
@@ -111,13 +123,20 @@ def cut_to(model: nn.Module, layers: Mapping[int, Mapping[str, int]], groups: Ma
         for index, block in enumerate(structure_of(model).blocks):
             said = layers.get(index, {})
             for group in (one for one in coupling.groups if one.block == block.name):
-                names = (_KV_HEADS, _HEADS) if group.kind == "heads" else _CHANNELS
+                names = (KV_HEADS, HEADS) if group.kind == "heads" else CHANNELS
                 units = next((said[name] for name in names if name in said), None)
                 if units is not None:
                     wanted[group.name] = (
-                        units if group.kind == "channels" or _KV_HEADS in said else units // group.queries
+                        units if group.kind == "channels" or KV_HEADS in said else units // group.queries
                     )
-    cut_units(model, {name: range(units) for name, units in wanted.items()}, coupling)
+    known = {group.name for group in coupling.groups}
+    cut_units(model, {_own_name(model, name, known): range(units) for name, units in wanted.items()}, coupling)
+
+
+def _own_name(model: nn.Module, name: str, names: Container[str]) -> str:
+    """A group's name in a model that is what another one has within it (`AutoModel` of a language model's folder), or has it within."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return next((one for one in (name, name.removeprefix(prefix), prefix + name) if one in names), name)
 
 
 def write_widths(model: nn.Module, folder: Path) -> None:
@@ -154,19 +173,14 @@ def is_narrow(config: Mapping[str, Any]) -> bool:
 
 
 def register() -> None:
-    """Let transformers' Auto classes of language models and classifiers build models with widths of each layer in this process:
+    """Let transformers' Auto classes build models with widths of each layer in this process:
     `AutoModelForCausalLM.from_pretrained(folder)` then does what `layerwise.load` does. Twice is as good as once."""
     import transformers
 
-    for name in (
-        "AutoModelForCausalLM",
-        "AutoModel",
-        "AutoModelForSequenceClassification",
-        "AutoModelForImageClassification",
-    ):
+    for name in (one for one in dir(transformers) if one.startswith("AutoModel")):
         auto = getattr(transformers, name)
-        if not isinstance(auto._model_mapping, _Narrowing):
-            auto._model_mapping = _Narrowing(auto._model_mapping)
+        if isinstance(table := getattr(auto, "_model_mapping", None), Mapping):
+            auto._model_mapping = _Narrowing(table)
 
 
 class _Narrowing:
@@ -192,35 +206,6 @@ class _Narrowing:
         return len(self._table)
 
 
-def built(stock: type[Any], config: Any) -> nn.Module:
-    """A model of this config without memory."""
-    with torch.device("meta"), contextlib.suppress(AttributeError):
-        return stock(copy.deepcopy(config))  # type: ignore[no-any-return]
-    raise TypeError(stock)  # pragma: no cover
-
-
-def _alike(model: nn.Module, stock: type[Any], coupling: Coupling) -> dict[str, int] | None:
-    """What the config must say for the stock class to be built as the model is; None where it cannot."""
-    by_layer = _by_layer(model, coupling)
-    if by_layer is None:
-        return None
-    one = by_layer.get("0", {})
-    blocks = len(structure_of(model).blocks)
-    if not one or any(by_layer.get(str(index), {}) != one for index in range(blocks)):
-        return None
-    changed = dict(one)
-    if _HEADS in changed and hasattr(model.config, "head_dim"):
-        changed["head_dim"] = next(group.head_dim for group in coupling.groups if group.kind == "heads")
-    config = copy.deepcopy(model.config)
-    for name, value in changed.items():
-        setattr(config, name, value)
-    try:
-        shapes = {name: tuple(p.shape) for name, p in built(stock, config).named_parameters()}
-    except Exception:
-        return None
-    return changed if shapes == {name: tuple(p.shape) for name, p in model.named_parameters()} else None
-
-
 def _by_layer(model: nn.Module, coupling: Coupling) -> dict[str, dict[str, int]] | None:
     """Layer -> names of the config and their values, of what differs; None where a config cannot say it layer by layer."""
     structure, config = structure_of(model), model.config
@@ -244,13 +229,13 @@ def _by_layer(model: nn.Module, coupling: Coupling) -> dict[str, dict[str, int]]
 
 def _names(config: Any, dense: Group, group: Group) -> dict[str, int] | None:
     if group.kind == "channels":
-        name = next((one for one in _CHANNELS if getattr(config, one, None) == dense.units), None)
+        name = next((one for one in CHANNELS if getattr(config, one, None) == dense.units), None)
         return None if name is None else {name: group.units}
-    if getattr(config, _HEADS, None) != dense.heads:
+    if getattr(config, HEADS, None) != dense.heads:
         return None
-    names = {_HEADS: group.heads}
-    if getattr(config, _KV_HEADS, None) is not None:
-        names[_KV_HEADS] = group.units
+    names = {HEADS: group.heads}
+    if getattr(config, KV_HEADS, None) is not None:
+        names[KV_HEADS] = group.units
     elif group.queries != 1:
         return None
     return names

@@ -31,7 +31,7 @@ def uniform_widths(model: nn.Module, plan: Plan | Mapping[str, int], *, multiple
     if not isinstance(plan, Plan):
         kinds = {group.name: group for group in coupling.groups}
         plan = Plan(layers={name: Treatments(resize=_resize(kinds.get(name), units)) for name, units in plan.items()})
-    keep = kept_by(model, plan, coupling)
+    keep = kept_by(model, plan, coupling, multiples=False)
     dropped = {name for name, entry in plan.layers.items() if entry.drop}
     groups = [group for group in coupling.groups if group.block not in dropped]
     kept = {group.name: keep.get(group.name, range(group.units)) for group in groups}

@@ -16,8 +16,8 @@ from .channel_layout import Layout, cut_at, fix, new, tie, width
 from .channel_shapes import merged_by_reshape
 
 _ELEMENTWISE = frozenset(
-    "add sub mul truediv div neg iadd isub imul itruediv add_ sub_ mul_ div_ multiply subtract relu relu_ relu6 leaky_relu elu silu"
-    " gelu mish hardswish hardsigmoid hardtanh sigmoid sigmoid_ tanh tanh_ softplus clamp clamp_ exp abs sqrt square pow dropout"
+    "add sub mul truediv div neg iadd isub imul itruediv add_ sub_ mul_ div_ multiply subtract relu relu_ relu6 leaky_relu elu selu celu"
+    " silu gelu mish hardswish hardsigmoid hardtanh sigmoid sigmoid_ tanh tanh_ softplus clamp clamp_ exp abs sqrt square pow dropout"
     " dropout2d contiguous clone float half double to type_as detach maximum minimum".split()
 )
 _RESIDUAL = frozenset("add sub iadd isub add_ sub_ subtract".split())
@@ -25,6 +25,7 @@ _POOLING = frozenset(
     "max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d max_pool1d avg_pool1d adaptive_avg_pool1d interpolate"
     " upsample".split()
 )
+_SOFTMAX = frozenset("softmax log_softmax softmin".split())
 _RESHAPES = frozenset("view reshape flatten unflatten squeeze unsqueeze".split())
 
 
@@ -42,6 +43,7 @@ class Functions(Interpreter):
 
     def __init__(self, module: GraphModule) -> None:
         super().__init__(module, garbage_collect_values=False)
+        self.extra_traceback = False  # an error names its operation in one line as it is
         self.seen: dict[Node, Any] = {}
 
     def function(self, n: Node, inputs: list[Seen], result: Any) -> Any:
@@ -77,6 +79,8 @@ class Functions(Interpreter):
             )
         if name in _POOLING:
             return self.pooled(n, inputs[0], result)
+        if name in _SOFTMAX:
+            return self.softmax(inputs[0], n.args[1] if len(n.args) > 1 else n.kwargs.get("dim"))
         if name in _ELEMENTWISE:
             return self._together(n, inputs, tuple(result.shape), residual=name in _RESIDUAL)
         raise self.refused(n, f"{name} has no rule")
@@ -236,6 +240,15 @@ class Functions(Interpreter):
         if x.axis not in (None, 1) or result.shape[1] != x.shape[1]:
             raise self.refused(n, "it pools over channels")
         return Seen(tuple(result.shape), x.axis, x.layout)
+
+    def softmax(self, x: Seen, dim: Any) -> Seen:
+        """Over positions it is each channel's own; over channels none of them can go, which outputs of the model never do. dim: None for
+        torch's own choice."""
+        rank = len(x.shape)
+        dim = (0 if rank in (0, 1, 3) else 1) if dim is None else int(dim) % rank
+        if dim == x.axis:
+            fix(x.layout, "softmax mixes its channels")
+        return x
 
     # -- helpers
 

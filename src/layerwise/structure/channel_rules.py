@@ -10,14 +10,16 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .channel_functions import Functions, Seen, path_of
 from .channel_layout import Layout, fix, new, repeated, tie, width
 
+_SOFTMAX_MODULES = (nn.Softmax, nn.LogSoftmax, nn.Softmin)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ELEMENTWISE_MODULES = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh,
-    nn.Softplus, nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.SiLU, nn.GELU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
+    nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
 )  # fmt: skip
 _POOLING_MODULES = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
@@ -73,7 +75,7 @@ class Reader(Functions):
             return self._convolution(n, module, inputs[0], result)
         if isinstance(module, nn.Linear):
             return self._linear(n, inputs[0], result)
-        if isinstance(module, (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.PReLU)):
+        if isinstance(module, (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.PReLU)):
             return self._norm(n, module, inputs[0])
         if isinstance(module, nn.Flatten):
             return self.reshaped(n, inputs[0], result, ())
@@ -82,6 +84,10 @@ class Reader(Functions):
             units = new(width(inputs[0].layout) // each)
             tie(inputs[0].layout, repeated(units, each))
             return Seen(tuple(result.shape), inputs[0].axis, units)
+        if isinstance(module, _SOFTMAX_MODULES):
+            return self.softmax(inputs[0], module.dim)
+        if isinstance(module, nn.Softmax2d):
+            return self.softmax(inputs[0], -3)
         if isinstance(module, _ELEMENTWISE_MODULES):
             return inputs[0]
         if isinstance(module, _POOLING_MODULES):
