@@ -138,7 +138,15 @@ def _check_given(context: typer.Context, output: Path | None, edit: Path | None,
     if edit is None:
         refuse(context, "without --edit PLAN there is nothing to shift", "rebalance", "keep")
     else:
-        refuse(context, "since --edit starts from a plan: change its file", *SHARING, "for_", *CALIBRATION, "seed", "device")
+        refuse(
+            context,
+            "since --edit starts from a plan: change its file",
+            *SHARING,
+            "for_",
+            *CALIBRATION,
+            "seed",
+            "device",
+        )
     if not rebalance:
         refuse(context, "without --rebalance every layer stays as it is", "keep")
 
