@@ -96,6 +96,10 @@ def test_from_plan(model):
     assert made.scheme == Scheme("kivi", 4, 8)
     assert not made.quantize_prefill
     assert QuantizedKVCache.from_plan(plan((8, 4)), model.config, quantize_prefill=True).fresh().quantize_prefill
+    alone = QuantizedKVCache.from_plan(plan((8, 4), (2, 2), mode="kivi", group=4, residual=8))
+    assert (alone.pairs, alone.scheme) == (made.pairs[:2], made.scheme)
+    with pytest.raises(PlanError, match="attention"):
+        QuantizedKVCache.from_plan(plan((8, 4), names=["model.norm"]))
     assert made.name == "K8.66667V7.33333 kivi, group 4, residual 8"
 
 

@@ -20,6 +20,9 @@ def test_which_layers_go_together():
     experts = [f"layers.1.mlp.experts.{number}.{name}_proj" for number in (0, 1) for name in ("gate", "up", "down")]
     assert fused_of([*LINEARS, *experts]) == [tuple(ATTENTION[:3]), tuple(MLP[:2]), tuple(experts)]
     assert fused_of(["a.q_proj", "b.k_proj", "b.o_proj"]) == []
+    linear = [f"layers.0.linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a")]
+    latent = [f"layers.1.self_attn.{name}" for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")]
+    assert fused_of([*linear, *latent]) == [tuple(linear[:2]), tuple(linear[2:]), (latent[0], latent[2])]
 
 
 def test_one_scheme_each_is_fine():

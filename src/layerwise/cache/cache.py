@@ -68,13 +68,15 @@ class QuantizedKVCache(Cache):  # type: ignore[misc]
         return cls([(key_bits, value_bits)] * decoder_config(config).num_hidden_layers, config=config, **settings)
 
     @classmethod
-    def from_plan(cls, plan: Plan, config: Any, *, quantize_prefill: bool = False) -> "QuantizedKVCache":
-        """What the `cache` entries of a plan say; layers without one stay in full precision.
+    def from_plan(cls, plan: Plan, config: Any = None, *, quantize_prefill: bool = False) -> "QuantizedKVCache":
+        """What the `cache` entries of a plan say; layers without one stay in full precision. config: as for the class; without it the last
+        entry is of the model's last layer.
 
         Raises PlanError with every problem: no such entry, names that are no attention, schemes that differ, a layer whose cache
         cannot be quantised.
         """
-        pairs, scheme = pairs_of(plan, decoder_config(config).num_hidden_layers)
+        layers = None if config is None else decoder_config(config).num_hidden_layers
+        pairs, scheme = pairs_of(plan, layers)
         made = cls(pairs, scheme.mode, scheme.group, scheme.residual, quantize_prefill, config)
         if made.notes:
             raise PlanError(

@@ -10,8 +10,9 @@ def has_cache(plan: Plan) -> bool:
     return any(treatments.cache is not None for treatments in plan.layers.values())
 
 
-def pairs_of(plan: Plan, layers: int) -> tuple[list[Pair], Scheme]:
-    """Bits of each of the decoder's `layers` and the one scheme of all; layers without an entry stay in full precision.
+def pairs_of(plan: Plan, layers: int | None) -> tuple[list[Pair], Scheme]:
+    """Bits of each of the decoder's `layers` and the one scheme of all; layers without an entry stay in full precision. layers None: as
+    many as the entries name.
 
     Raises PlanError with every problem: no such entry, names that are no attention of one stack, schemes that differ.
     """
@@ -20,6 +21,8 @@ def pairs_of(plan: Plan, layers: int) -> tuple[list[Pair], Scheme]:
         raise PlanError(
             "plan: no entry has cache, so there are no bits for a KV cache. Add cache: {key_bits: 8, value_bits: 4}."
         )
+    if layers is None:
+        layers = 1 + max((index for name in entries if (index := layer_index(name)) is not None), default=-1)
     pairs, problems = [FULL] * layers, []
     first, first_entry = next(iter(entries.items()))
     seen: dict[int, str] = {}

@@ -46,7 +46,7 @@ class GPTQ:
 
     damp: float = 0.01  # added to the diagonal, as a share of its mean
     block: int = 128  # columns among which a mask is chosen at once; without pruning it changes nothing but the speed
-    act_order: bool = True  # inputs of most power first; groups are then fitted in advance
+    act_order: bool = True  # inputs of most power first, where nothing is pruned; groups are then fitted in advance
     mse: bool = False  # search the range of each group for the least error; else it covers all weights
     scales: ScaleName = "auto"  # dtype that scales are stored in; auto: the model's where it has 16 bits, else float16
 
@@ -96,16 +96,17 @@ class GPTQ:
         for index, way in enumerate(ways):
             m = way.prune.nm[1] if way.prune and way.prune.nm else 0
             group = (way.quantize.group or weights[index].shape[1]) if way.quantize else 0
-            kinds.setdefault((self.act_order and not m, m, group), []).append(index)
+            pruned = bool(m or (way.prune and way.prune.sparsity))
+            ordered = (
+                self.act_order and not pruned
+            )  # sorted, strong inputs would share a block, and its part of the zeros
+            kinds.setdefault((ordered, m, group), []).append(index)
         factors: dict[bool, tuple[Factor, Tensor | None]] = {}
         solved: dict[int, Solved] = {}
-        for (ordered, m, _), chosen in kinds.items():
+        for (ordered, _, _), chosen in kinds.items():
             if ordered not in factors:
                 factors[ordered] = _factored(gram, self.damp, ordered)
-            note = ("act_order does not go with n:m: columns were taken as they come",) * bool(self.act_order and m)
-            swept = self._swept(
-                [weights[i] for i in chosen], inputs, [ways[i] for i in chosen], *factors[ordered], note
-            )
+            swept = self._swept([weights[i] for i in chosen], inputs, [ways[i] for i in chosen], *factors[ordered])
             solved.update(zip(chosen, swept, strict=True))
         return [solved[index] for index in range(len(weights))]
 
@@ -116,7 +117,6 @@ class GPTQ:
         ways: Sequence[Treatments],
         factor: Factor,
         order: Tensor | None,
-        notes: tuple[str, ...],
     ) -> list[Solved]:
         """order: which column comes when; None: as they are."""
         quantizes = [way.quantize for way in ways if way.quantize]  # all of them or none
@@ -132,7 +132,7 @@ class GPTQ:
             if back is not None:
                 one.weight, one.keep = one.weight[:, back], one.keep[:, back]
             result = finished(weight, one, factor, inputs, unchanged=its is None and bool(one.keep.all()))
-            result.codes, result.notes = its, (*result.notes, *notes)
+            result.codes = its
             solved.append(result)
         return solved
 

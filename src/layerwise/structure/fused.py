@@ -2,7 +2,15 @@
 
 from collections.abc import Iterable
 
-_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
+_TOGETHER = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("w1", "w3"),
+    ("in_proj_qkv", "in_proj_z"),  # linear attention of Qwen3.5
+    ("in_proj_b", "in_proj_a"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),  # latent attention of DeepSeek, GLM, Kimi
+)
 _PLACE = {name: index for index, names in enumerate(_TOGETHER) for name in names}
 
 
