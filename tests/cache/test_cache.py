@@ -174,7 +174,7 @@ def test_every_layer_has_its_own_bits(model):
 
 
 def test_a_batch_padded_on_the_left_is_each_sequence_by_itself(model):
-    """Groups of a token do not mix tokens, so padding changes nothing."""
+    """Groups of a token do not mix tokens, so padding by as many tokens as are written at a time changes nothing."""
     long, short = ids(1, 9), ids(1, 5, seed=1)
     prompt = torch.cat([long, torch.cat([torch.zeros(1, 4, dtype=torch.long), short], dim=1)])
     mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])

@@ -1,4 +1,4 @@
-"""Least error: bits chosen by what every layer loses at every level, measured with the solver that will be used.
+"""Least error: bits chosen by what every layer loses at every level, measured with the solver that is named, at its defaults.
 
 Each layer is solved once at each level, alone; what that costs is measured (`level_errors`), and the levels of least summed error within
 the budget are found exactly (a multiple-choice knapsack). The order of a score says which layer comes before which; errors say how much
