@@ -81,9 +81,10 @@ WITH_LABELS, WITHOUT_LOSS = ("cifar_resnet", "vit"), ("flux",)
 
 
 def data_for(name, model):
-    batches = [inputs_for(name, model, seed=seed) for seed in range(2)]
+    images = 8 if name in WITH_LABELS else 2  # a search asks for more than two that it did not see
+    batches = [inputs_for(name, model, batch=images, seed=seed) for seed in range(2)]
     if name in WITH_LABELS:  # ViTForImageClassification has two classes
-        batches = [{**batch, "labels": torch.tensor([1, 0])} for batch in batches]
+        batches = [{**batch, "labels": torch.tensor([1, 0] * 4)} for batch in batches]
     return Batches(tuple(batches), {})
 
 
