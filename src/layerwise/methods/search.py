@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -50,7 +50,6 @@ class Hunt:
     seen: Batches
     unseen: Sequence[Batch]
     progress: Progress
-    plans: dict[str, Plan] = field(default_factory=dict)
 
     def run(self) -> Search:
         """Errors as of the plan and the trial of uniform; other candidates that fail are rows with the reason."""
@@ -68,7 +67,7 @@ class Hunt:
             self.record.begin(name)
             try:
                 with watched(self._clock(number, name, ends)):
-                    tried.append(self._one(name, method, yardstick))
+                    one, plan = self._one(name, method, yardstick)
             except _OutOfTime as late:
                 self.record.stop(name)
                 tried.append(Tried(name, reason=str(late)))
@@ -76,7 +75,8 @@ class Hunt:
             except BaseException:
                 self.record.stop(name)
                 raise
-            self.record.add(tried[-1], self.plans.get(name))
+            tried.append(one)
+            self.record.add(one, plan)
         self.progress(len(self.candidates), len(self.candidates) + 1, "verdict on unseen data")
         return self._verdict(tried)
 
@@ -95,22 +95,20 @@ class Hunt:
 
         return step
 
-    def _one(self, name: str, method: Method, yardstick: Yardstick) -> Tried:
+    def _one(self, name: str, method: Method, yardstick: Yardstick) -> tuple[Tried, Plan | None]:
         started = time.perf_counter()
         try:
             plan = method.plan(self.model, self.seen, structure=self.structure)
             if problem := self._outside(plan):
-                return Tried(name, reason=problem)
+                return Tried(name, reason=problem), None
             divergence = float(self._held_against(plan, yardstick).mean())
         except (LayerwiseError, RuntimeError, MemoryError) as error:  # torch's lack of memory is a RuntimeError
             if name == "uniform":
                 raise
             reason = " ".join(str(error).split())[:200]
-            return Tried(
-                name, reason=reason if isinstance(error, LayerwiseError) else f"{type(error).__name__}: {reason}"
-            )
-        self.plans[name] = plan
-        return Tried(name, divergence=divergence, seconds=time.perf_counter() - started)
+            said = reason if isinstance(error, LayerwiseError) else f"{type(error).__name__}: {reason}"
+            return Tried(name, reason=said), None
+        return Tried(name, divergence=divergence, seconds=time.perf_counter() - started), plan
 
     def _outside(self, plan: Plan) -> str:
         """What is wrong with the plan of a method that knows no bounds; nothing where it keeps to those of the search."""
@@ -131,11 +129,7 @@ class Hunt:
         finalists = nearest_of(tried)
         yardstick, rows = self._yardstick(self.unseen), dict[str, Tensor]()
         for name in ["uniform", *finalists]:
-            if name not in self.plans:  # judged by a search that was killed
-                kept = self.record.plan(name)
-                made = kept or self.candidates[name].plan(self.model, self.seen, structure=self.structure)
-                self.plans[name] = made
-            rows[name] = self._held_against(self.plans[name], yardstick)
+            rows[name] = self._held_against(self.record.plans[name], yardstick)
         gains = {name: paired(rows["uniform"], rows[name]) for name in finalists}
         sure = errors_asked(len(rows["uniform"]))
         chosen = next((name for name, (gain, error) in gains.items() if gain > sure * error), "uniform")
@@ -144,7 +138,7 @@ class Hunt:
         count = f"{judged} plan{'s' if judged != 1 else ''} tried with {self.trials.solver.name}"
         verdict = _sentence(chosen, {name: float(some.mean()) for name, some in rows.items()}, gains, what, count)
         tried = [one.with_unseen(rows.get(one.name)) for one in tried]
-        plan = self.plans[chosen]
+        plan = self.record.plans[chosen]
         return Search(plan.model_copy(update={"notes": (*plan.notes, verdict)}), tuple(tried), verdict)
 
 

@@ -54,7 +54,7 @@ class Record(AbstractContextManager["Record"]):
         self.path, self.key = path, dict(key)
         self._tried: dict[str, Tried] = {}
         self._begun: dict[str, int] = {}
-        self._plans: dict[str, Plan] = {}
+        self.plans: dict[str, Plan] = {}
         self._lock = None if path is None else FileLock(path.with_name(f"{path.name}.lock"))
 
     def __enter__(self) -> "Record":
@@ -98,22 +98,19 @@ class Record(AbstractContextManager["Record"]):
         self._write()
 
     def add(self, tried: Tried, plan: Plan | None = None) -> None:
-        """plan: kept as long as it may be asked for again, so that nothing is scored twice: uniform's and those of the nearest."""
+        """plan: kept in `plans` as long as the verdict may ask for it, so that nothing is scored twice: uniform's and the nearest ones'."""
         self._tried[tried.name] = tried
         self._begun.pop(tried.name, None)
         if plan is not None:
-            self._plans[tried.name] = plan
+            self.plans[tried.name] = plan
             kept = {"uniform", *nearest_of(self._tried.values())}
-            self._plans = {name: one for name, one in self._plans.items() if name in kept}
+            self.plans = {name: one for name, one in self.plans.items() if name in kept}
         self._write()
-
-    def plan(self, name: str) -> Plan | None:
-        return self._plans.get(name)
 
     def _write(self) -> None:
         if self.path is not None:
             tried = [asdict(one) for one in self._tried.values()]
-            plans = {name: plan.to_dict() for name, plan in self._plans.items()}
+            plans = {name: plan.to_dict() for name, plan in self.plans.items()}
             entry = {"search": self.key, "tried": tried, "begun": self._begun, "plans": plans}
             write_whole(self.path, f"{json.dumps(entry, indent=1)}\n".encode())
 
@@ -130,7 +127,7 @@ class Record(AbstractContextManager["Record"]):
         if changed := sorted(name for name in {*found, *self.key} if found.get(name) != self.key.get(name)):
             details = "; ".join(f"{name}: {found.get(name)} then, {self.key.get(name)} now" for name in changed)
             raise ConfigError(f"{path}: belongs to another search ({details}). Use another file, or remove it.")
-        self._tried, self._begun, self._plans = tried, begun, plans
+        self._tried, self._begun, self.plans = tried, begun, plans
 
 
 def errors_asked(rows: int, parts: int = _PAIRS) -> float:
