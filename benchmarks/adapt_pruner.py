@@ -5,10 +5,11 @@
 Every method cuts the same share of the whole model's parameters (FLAP's biases come on top). Training is full fine-tuning beside the
 dense model (`Recovery`), the same steps for each; "accel" is Adapt-Accel: the same steps in stages. Speed is measured on the cut,
 untrained model in the same run as the dense one: decoding a token at batch 1 behind 64 others, and a prefill of 512. Every cell is
-written as soon as it is measured.
+written as soon as it is measured. With `--minutes` training is by the clock instead, for accel all stages together.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
@@ -29,12 +30,14 @@ from layerwise.errors import LayerwiseError
 from layerwise.methods.adapt_accel import adapt_accel
 from layerwise.recover import Recovery
 from layerwise.shrink import apply
+from layerwise.tasks import text
 from lines import Lines
 from measuring import machine
 
 HERE = Path(__file__).parent
-METHODS = "random-width,magnitude-width,llm-pruner,flap,shortgpt,adapt-pruner"
 ACCEL = "accel"  # in the place of a method
+METHODS = f"random-width,magnitude-width,llm-pruner,flap,shortgpt,adapt-pruner,{ACCEL}"
+TIMED = -1  # in the place of a number of steps: as many as the minutes allow
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,9 @@ def main() -> None:
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--shares", default="0.8,0.7,0.5", help="of the parameters that are kept")
     parser.add_argument("--steps", type=int, default=40, help="of training; 0: none")
+    parser.add_argument("--minutes", type=float, help="of training, in the place of steps")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of training")
+    parser.add_argument("--training-text", help="file in the bed's folder of texts (default: the calibration text)")
     parser.add_argument("--stages", type=int, default=4, help="of accel")
     parser.add_argument("--step", type=float, default=0.02, help="of Adapt-Pruner's schedule")
     parser.add_argument("--samples", type=int, default=32, help="that pruning looks at")
@@ -64,15 +70,19 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="of training")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtype", choices=("float32",), default="float32")
+    parser.add_argument("--cut-only", action="store_true", help="measure no training yet: a later run goes on")
     parser.add_argument("--report", action="store_true", help="measure nothing more: write what is there")
     parser.add_argument("--out", type=Path, default=HERE / "results/adapt_pruner.md")
     options = parser.parse_args()
+    options.steps = TIMED if options.minutes else options.steps
     torch.set_num_threads(options.threads)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     results, shown = Lines(options.out.with_suffix(".jsonl")), {}
     for subject in subjects(options):
         settings = ("batch", "windows", "lr", "stages", "step")
         protocol = {**protocol_of(subject, options), **{name: getattr(options, name) for name in settings}}
+        if options.minutes:
+            protocol |= {name: getattr(options, name) for name in ("minutes", "precision", "training_text")}
         shown[subject.name] = protocol
         for cell, row in () if options.report else measured(subject, options, results, protocol):
             results.add({**asdict(cell), "protocol": protocol}, row)
@@ -88,7 +98,7 @@ def measured(
     """Each cell from the dense weights anew."""
     windows = subject.evaluation(options.tokens, options.length)
     calibration = batches(subject.calibration(options.samples, options.length, 0), options.batch)
-    ids = subject.calibration(options.windows, options.length, 1)
+    ids = drawn(subject, options)
     train, judged = batches(ids[16:], options.batch), batches(ids[:16], options.batch)
     dense = lw.load(subject.folder, dtype="float32", device=options.device)
 
@@ -98,49 +108,52 @@ def measured(
     if missing(Cell(subject.name)):
         speed = speeds(dense, dense)
         yield Cell(subject.name), {"perplexity": perplexity(dense, windows), **speed, "parameters": size(dense)}
-    for share in map(float, options.shares.split(",")):
-        for name in options.methods.split(","):
-            plain, trained = Cell(subject.name, share, name), Cell(subject.name, share, name, options.steps)
-            wanted = [cell for cell in (plain, trained) if missing(cell) and (cell is plain or options.steps)]
-            if not wanted:
-                continue
-            model, started = lw.load(subject.folder, dtype="float32", device=options.device), time.perf_counter()
-            try:
-                apply(model, method_of(name, share, options).plan(model, calibration), calibration)
-            except LayerwiseError as error:
-                for cell in wanted:
-                    yield cell, {"error": str(error)}
-                continue
-            seconds = time.perf_counter() - started
-            if plain in wanted:
-                row = {"seconds": seconds, "perplexity": perplexity(model, windows), "parameters": size(model)}
-                yield plain, {**row, **speeds(dense, model)}
-            if trained in wanted:
-                recovery = Recovery(steps=options.steps, lr=options.lr, looks=4)
-                with tempfile.TemporaryDirectory() as work:
-                    found = recovery.train(model, train, judged, teacher=dense, work=work)
-                yield (
-                    trained,
-                    {"perplexity": perplexity(model, windows), "steps": found.steps, "parameters": size(model)},
-                )
-        cell = Cell(subject.name, share, ACCEL, options.steps)
-        if options.steps and missing(cell):
-            model, started = lw.load(subject.folder, dtype="float32", device=options.device), time.perf_counter()
-            recovery = Recovery(steps=options.steps, lr=options.lr, looks=8)
+    names = options.methods.split(",")
+    for share, name in itertools.product(map(float, options.shares.split(",")), names):
+        plain, trained = Cell(subject.name, share, name), Cell(subject.name, share, name, options.steps)
+        possible = [plain] * (name != ACCEL) + [trained] * (options.steps != 0 and not options.cut_only)
+        wanted = [cell for cell in possible if missing(cell)]
+        if not wanted:
+            continue
+        model, started = lw.load(subject.folder, dtype="float32", device=options.device), time.perf_counter()
+        if name == ACCEL:
             with tempfile.TemporaryDirectory() as work:
                 done = adapt_accel(
-                    model, method_of("adapt-pruner", share, options), calibration, train, judged, recovery=recovery,
-                    stages=options.stages, work=work, teacher=dense,
+                    model, method_of("adapt-pruner", share, options), calibration, train, judged,
+                    recovery=recovery_of(options, looks=8), stages=options.stages, work=work, teacher=dense,
                 )  # fmt: skip
-            yield (
-                cell,
-                {
-                    "perplexity": perplexity(model, windows),
-                    "seconds": time.perf_counter() - started,
-                    "steps": sum(stage.steps for stage in done.stages),
-                    "parameters": size(model),
-                },
-            )
+            row = {"seconds": time.perf_counter() - started, "steps": sum(stage.steps for stage in done.stages)}
+            yield trained, {"perplexity": perplexity(model, windows), **row, "parameters": size(model)}
+            continue
+        try:
+            apply(model, method_of(name, share, options).plan(model, calibration), calibration)
+        except LayerwiseError as error:
+            for cell in wanted:
+                yield cell, {"error": str(error)}
+            continue
+        row = {"seconds": time.perf_counter() - started, "parameters": size(model)}
+        if plain in wanted:
+            yield plain, {"perplexity": perplexity(model, windows), **row, **speeds(dense, model)}
+        if trained in wanted:
+            with tempfile.TemporaryDirectory() as work:
+                found = recovery_of(options, looks=4).train(model, train, judged, teacher=dense, work=work)
+            row = {"seconds": time.perf_counter() - started, "steps": found.steps, "parameters": size(model)}
+            yield trained, {"perplexity": perplexity(model, windows), **row}
+
+
+def drawn(subject: Subject, options: argparse.Namespace) -> torch.Tensor:
+    """Windows to train on, the first 16 to judge by."""
+    if options.training_text is None:
+        return subject.calibration(options.windows, options.length, 1)
+    source = subject.bed / "text" / options.training_text
+    found = text(source, subject.tokenizer, samples=options.windows, length=options.length, seed=1)
+    return torch.cat([batch["input_ids"] for batch in found])
+
+
+def recovery_of(options: argparse.Namespace, looks: int) -> Recovery:
+    if options.minutes:
+        return Recovery(minutes=options.minutes, lr=options.lr, looks=looks, precision=options.precision)
+    return Recovery(steps=options.steps, lr=options.lr, looks=looks, precision=options.precision)
 
 
 def method_of(name: str, share: float, options: argparse.Namespace) -> lw.methods.Method:
@@ -205,10 +218,12 @@ def report(results: Lines, shown: dict[str, dict[str, Any]], options: argparse.N
     yield "# Fewer heads, channels and blocks: Adapt-Pruner beside its baselines"
     yield ""
     yield f"Machine: {machine(options.device)}; {options.threads} threads. layerwise {lw.__version__}, torch {torch.__version__}."
+    amount = f"{options.minutes:g} minutes in steps" if options.minutes else f"{options.steps} steps"
+    read = f" of {options.training_text}" if options.training_text else ""
     yield (
-        f"Protocol: float32; pruning looks at {options.samples} x {options.length} tokens; training: {options.steps} steps of"
-        f" {options.batch} windows, lr {options.lr:g}, half of the loss from the dense model, {options.windows - 16} windows to draw from,"
-        f" one seed; Adapt-Pruner in steps of {options.step:g}; accel: {options.stages} stages in the same steps of training. Perplexity on"
+        f"Protocol: float32; pruning looks at {options.samples} x {options.length} tokens; training ({options.precision}): {amount} of"
+        f" {options.batch} windows, lr {options.lr:g}, half of the loss from the dense model, {options.windows - 16} windows{read} to draw"
+        f" from, one seed; Adapt-Pruner in steps of {options.step:g}; accel: {options.stages} stages in the same training. Perplexity on"
         f" up to {options.tokens} held-out tokens in windows of {options.length}. Speed: times the dense model's, in the same run, on a"
         " machine that others load: take it as about."
     )
@@ -219,7 +234,7 @@ def report(results: Lines, shown: dict[str, dict[str, Any]], options: argparse.N
         heads = [f"{share:.0%}" for share in share_names]
         yield f"| method | {' | '.join(f'{one} kept | trained' for one in heads)} | decode | prefill | bytes |"
         yield f"|---|{'--:|--:|' * len(heads)}--:|--:|--:|"
-        for name in (*options.methods.split(","), ACCEL):
+        for name in options.methods.split(","):
             cells = []
             for share in share_names:
                 for steps in (0, options.steps):
