@@ -30,7 +30,7 @@ test-slow: $(VENV)/.installed-dev  ## the tests that take more than ten seconds 
 	$(PYTEST) -n 2 -m "slow and not gpu" $(PYTEST_FLAGS)
 
 test-gpu: $(VENV)/.installed-dev  ## the tests that need an accelerator
-	$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -v -m gpu $(PYTEST_FLAGS)
 
 check: $(VENV)/.installed-dev  ## style, types, and the order of the rooms
 	$(BIN)/ruff check

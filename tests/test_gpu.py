@@ -81,12 +81,13 @@ def test_a_method_plans_on_the_device(name, data):
     model = demo()
     settings = {"synflow": {"rounds": 2}, "ecoflap": {"samples": 1}}.get(name, {})
     plan = lw.methods.method_from(name, **settings).plan(model, data)
-    assert len(plan.layers) == len(lw.structure_of(model).layers)
+    assert plan.layers
+    if not any(way.resize or way.drop for way in plan.layers.values()):  # those have entries for what loses units
+        assert len(plan.layers) == len(lw.structure_of(model).layers)
     again = lw.methods.method_from(name, **settings).plan(model, data)
     # backward passes of attention add up in any order there: scores agree to rounding, not to the bit
-    assert again.achieved_sparsity(lw.structure_of(model).layers) == plan.achieved_sparsity(
-        lw.structure_of(model).layers
-    )
+    layers = lw.structure_of(model).layers
+    assert again.achieved_sparsity(layers) == pytest.approx(plan.achieved_sparsity(layers), abs=1e-6)
     for layer, way in plan.layers.items():
         if way.prune:
             assert again.layers[layer].prune.sparsity == pytest.approx(way.prune.sparsity, abs=0.02)
@@ -104,6 +105,8 @@ def test_the_device_for_one_block_at_a_time_gives_what_the_whole_model_there_giv
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_every_model_is_compressed_on_the_device(name):
+    if name in ("dit", "flux", "sd3"):
+        pytest.importorskip("diffusers")
     model = MODELS[name]()
     batches = lw.Batches((inputs_for(name, model),), {})
     model = model.cuda()
