@@ -185,7 +185,7 @@ def test_a_disk_that_fills_up_while_saving(here, capsys, monkeypatch):
         (folder / "model.safetensors").write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(sys.modules["layerwise.io.save"], "_write_model", full)
+    monkeypatch.setattr(sys.modules["layerwise.io.save"], "write_model", full)
     assert main(COMPRESS) == 1
     out, err = capsys.readouterr()
     assert out == ""

@@ -324,7 +324,7 @@ def test_a_model_whose_files_have_other_names_is_saved_in_factors(renamed, tmp_p
 
 def test_files_that_name_no_layer_as_the_model_are_left_alone(renamed, tmp_path, monkeypatch):
     _, model, result, _ = renamed
-    monkeypatch.setattr(sys.modules["layerwise.io.save"], "_write_own_names", lambda model, folder: None)
+    monkeypatch.setattr(sys.modules["layerwise.io.save"], "write_own_names", lambda model, folder: None)
     stored = save(model, tmp_path / "out", factors=result.factors)
     assert stored.verified.loader.startswith("transformers.")
     assert stored.report.factored is None

@@ -5,8 +5,7 @@ Written under a name beside the target, loaded back in a fresh process, and only
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,13 +13,12 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from ..engine import Result
-from ..errors import ConfigError, LayerwiseError, ModelError, SaveError
+from ..errors import ConfigError, ModelError, SaveError
 from ..passes import store_of
 from ..plan import Plan
 from ..shrink import is_narrow
 from ..solvers.codes import Codes
 from ..solvers.factors import Factors
-from ..tasks.undisturbed import quiet
 from . import verify as checks
 from .card import card, plain, record
 from .factored_read import ENTRY, RECORD, FactoredReport, factored_report
@@ -28,12 +26,13 @@ from .factored_write import AllFactors, factor_folder, in_factors
 from .kv_cache import PLAN, cache_words
 from .packed_report import PackedReport, packed_report
 from .packed_write import Packing, choose, need_compressed_tensors, pack_folder
-from .places import Loader, loader_of, read_config
+from .places import Loader, read_config
 from .remote_code import check_family, write_remote_code
+from .stock_write import write_model, write_own_names
 from .targets import Target, check_schemes
 from .verify import Verified
 from .weights import weight_files
-from .whole import check_output, is_disk_full, whole_folder
+from .whole import check_output, whole_folder
 from .zeros import count_zeros
 
 BY_LAYERWISE = Loader("layerwise", "load")
@@ -148,14 +147,14 @@ def save(
     whole = check_output(folder, force=force, needed=needed_bytes(model) * (2 if packing or every else 1))
     before = sum(file.stat().st_size for file in weight_files(Path(dense))) if dense is not None else None
     with whole_folder(whole, force=force) as partial:
-        loader = _write_model(model, partial)
+        loader = write_model(model, partial)
         if loader is not None and loader.library == "transformers" and is_narrow(read_config(partial)):
             loader = write_remote_code(model, partial) if mode == "remote-code" else BY_LAYERWISE
         entry: dict[str, str] = {}
         notes = every.notes
         if every:
             if every.absent(partial):
-                _write_own_names(model, partial)
+                write_own_names(model, partial)
             entry, more = factor_folder(partial, every)
             notes, loader = (*notes, *more), loader and (BY_LAYERWISE if entry else loader)
         if packing is not None:
@@ -193,57 +192,6 @@ def needed_bytes(model: nn.Module) -> int:
     return sum(unique.values()) + (32 << 20)
 
 
-def _write_own_names(model: nn.Module, folder: Path) -> None:
-    """Write the weights again under the names that the model has, where transformers renames them on the way (ViT)."""
-    from transformers import PreTrainedModel
-
-    if isinstance(model, PreTrainedModel):
-        for file in folder.glob("*.safetensors*"):
-            file.unlink()
-        _write_model(model, folder, save_original_format=False)
-
-
-def _write_model(model: nn.Module, folder: Path, **options: bool) -> Loader | None:
-    """Write config and weights; the loader that the folder promises, or None for a module of the user's own class.
-
-    options: of the library's `save_pretrained`.
-    """
-    try:
-        write: Any = getattr(model, "save_pretrained", None)
-        if write is None:
-            from safetensors.torch import save_model
-
-            save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
-            return None
-        with quiet(), _any_generation_config(model, folder):
-            write(folder, **options)
-        return loader_of(folder, remote_code=True)
-    except LayerwiseError:
-        raise
-    except Exception as error:  # the library's own code: any class may come out
-        if is_disk_full(error):  # `whole_folder` says so
-            raise
-        raise SaveError(f"{type(model).__name__} cannot be written: {str(error).splitlines()[0]}") from error
-
-
-@contextmanager
-def _any_generation_config(model: nn.Module, folder: Path) -> Iterator[None]:
-    """Transformers refuses to write a generation config that it calls inconsistent, though many published models have one.
-
-    The model's own is kept word for word: a default one stands in while the library writes, then the file is written over.
-    """
-    own: Any = getattr(model, "generation_config", None)
-    if own is None or not hasattr(own, "to_json_file"):
-        yield
-        return
-    model.generation_config = type(own)()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-    own.to_json_file(folder / "generation_config.json")
-
-
 def _verified(
     model: nn.Module,
     partial: Path,
@@ -255,7 +203,11 @@ def _verified(
     try:
         if loader is None:
             return checks.verify_tensors(model, partial)
-        if packing is not None and any(not scheme.symmetric for scheme in packing.schemes.values()):
+        if (
+            loader != BY_LAYERWISE
+            and packing is not None
+            and any(not scheme.symmetric for scheme in packing.schemes.values())
+        ):
             return checks.verify_packed(model, partial, packing)
         return checks.verify(model, partial, loader, inputs=inputs, packing=packing)
     except SaveError as error:  # name the folder that the user asked for
