@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from layerwise.errors import MissingExtra, ModelError, PlanError
 from layerwise.evaluate import count_zeros, perplexity
-from layerwise.io import load, load_streamed, reload, save, save_whole_streamed, saved_report
+from layerwise.io import load, load_streamed, save, save_whole_streamed, saved_report
 from layerwise.passes import at_hand
 from layerwise.structure import structure_of
 from layerwise.tasks import Batches
@@ -36,16 +35,6 @@ def with_zeros(name, index):
 def llama(dtype=torch.bfloat16, **settings):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": True}
     return small_llama(**(sizes | settings)).to(dtype)
-
-
-def in_this_process(monkeypatch):
-    """The child's work without the child, whose cost is its start: one test pays it."""
-
-    def run(command, **options):
-        reload.reload(json.loads(Path(command[-1]).read_text()))
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(subprocess, "run", run)
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -126,8 +115,8 @@ def test_what_is_counted(tmp_path):
     assert "compressed-tensors" in facts["versions"]
 
 
-def test_zeros_are_widened_away_for_transformers(tmp_path, monkeypatch):
-    in_this_process(monkeypatch)
+@pytest.mark.usefixtures("in_this_process")
+def test_zeros_are_widened_away_for_transformers(tmp_path):
     model = llama()
     saved = save(model, tmp_path / "out", codes=quantized(model, with_zeros))
     assert saved.verified is not None
@@ -159,8 +148,8 @@ def test_transformers_cannot_read_zeros_yet(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_what_cannot_be_packed_stays_dense_with_a_note(tmp_path, monkeypatch):
-    in_this_process(monkeypatch)
+@pytest.mark.usefixtures("in_this_process")
+def test_what_cannot_be_packed_stays_dense_with_a_note(tmp_path):
     model = llama()
     codes = quantized(model, lambda name, index: (4, 32, True))
     names = list(codes)
