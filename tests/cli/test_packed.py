@@ -5,12 +5,14 @@ import sys
 
 import pytest
 
+from layerwise import engine as engine_room
 from layerwise.cli import main
 from layerwise.evaluate import perplexity
 from layerwise.io import load, load_tokenizer, save
 from layerwise.plan import Plan, Quantize
 from layerwise.structure import structure_of
 from layerwise.tasks import held_out
+from models import MODELS
 from quantized import quantized
 
 COMPRESS = "compress model -o out --data text.txt --samples 2 --length 32 --plan plan.yaml".split()
@@ -40,6 +42,49 @@ def test_what_vllm_cannot_fuse_is_refused_before_any_work(here, capsys):
     assert len(lines) == 3  # q, k and v of each block
     assert "q_proj, k_proj, v_proj of model.layers.0.self_attn as one" in lines[0]
     assert not (here / "out").exists()
+
+
+@pytest.fixture
+def experts(here):
+    """A folder with a tiny Mixtral and the tokenizer of the model."""
+    MODELS["mixtral"]().save_pretrained("experts")
+    load_tokenizer("model").save_pretrained("experts")
+    return here
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_experts_that_an_engine_would_not_find_packed_are_refused_before_any_work(experts, capsys, monkeypatch, engine):
+    monkeypatch.setattr(engine_room, "compress", None)
+    options = ["-o", "out", "--solver", "round_to_nearest", "--for", engine]
+    assert main(["compress", "experts", *options, "--bits", "4"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "experts" in line]
+    assert f"{engine}: 4 layers (model.layers.0.mlp.experts.gate_up_proj, " in line
+    assert "--exclude '*.experts*'" in line
+    layers = {"model.layers.0.mlp.experts.down_proj": Quantize(bits=4, group=None)}
+    Plan(layers=layers).save("plan.yaml")
+    assert main(["compress", "experts", *options, "--plan", "plan.yaml"]) == 2
+    assert f"{engine}: 1 layer (model.layers.0.mlp.experts.down_proj)" in capsys.readouterr().err
+    planning = "-o new.yaml --method lwq --bits 4.5 --data text.txt --samples 2 --length 32".split()
+    assert main(["plan", "experts", *planning, "--for", engine]) == 2
+    assert f"{engine}: 4 layers" in capsys.readouterr().err
+    assert [path.name for path in experts.iterdir() if path.name.startswith(("out", "new"))] == []
+
+
+@pytest.mark.usefixtures("same_process")
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_without_its_experts_the_model_is_packed_for_the_engine(experts, capsys, engine):
+    options = "-o out --json --solver round_to_nearest --bits 4 --set group=32 --set symmetric=true --exclude *.experts*".split()
+    assert main(["compress", "experts", *options, "--for", engine]) == 0, capsys.readouterr().err
+    assert json.loads(capsys.readouterr().out)["saved"]["packed"]["by_bits"] == {"4": 8}
+
+
+@pytest.mark.usefixtures("same_process")
+def test_without_an_engine_named_experts_are_solved_and_saved_dense(experts, capsys):
+    options = "-o out --solver round_to_nearest --bits 4 --set group=32 --set symmetric=true".split()
+    assert main(["compress", "experts", *options]) == 0
+    said = capsys.readouterr()
+    assert "experts in one weight are not packed; what was solved is saved dense" in said.out + said.err
+    assert "8 layers, 8 of 4 bits" in said.out
 
 
 def test_an_unknown_engine(here, capsys):

@@ -2,6 +2,7 @@
 
 from .armor_linear import ArmorLinear, armor_linears, fastest_cores, multiplied_out
 from .cropped import export_onnx, load_cropped, save_cropped
+from .experts import check_experts, left_dense
 from .gguf_deci import SavedGGUF, save_gguf
 from .kv_cache import load_cache
 from .load import check_finite, load, load_image_processor, load_into, load_tokenizer
@@ -24,12 +25,14 @@ __all__ = [
     "Target",
     "Verified",
     "armor_linears",
+    "check_experts",
     "check_finite",
     "check_output",
     "check_plan",
     "count_zeros",
     "export_onnx",
     "fastest_cores",
+    "left_dense",
     "linears_of",
     "load",
     "load_cache",

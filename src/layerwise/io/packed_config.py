@@ -17,8 +17,8 @@ GONE = ("sparse-bitmask", "sparse-24-bitmask", "marlin-24")
 LAYOUT = "0.20.0"  # the compressed-tensors whose layout we write: since 0.18 codes of 3, 5, 6 and 7 bits cross words
 
 
-def config_of(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str, Any]:
-    """The entry for these layers. linears: every linear of the model; those without a scheme are named in `ignore`."""
+def config_of(schemes: Mapping[str, Scheme], linears: Iterable[str], ignored: Iterable[str] = ()) -> dict[str, Any]:
+    """The entry for these layers. linears: every linear of the model; those without a scheme are named in `ignore`, with `ignored`."""
     groups: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
         groups.setdefault(scheme, []).append(name)
@@ -37,7 +37,7 @@ def config_of(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str
             }
             for index, (scheme, names) in enumerate(groups.items())
         },
-        "ignore": [name for name in linears if name not in schemes],
+        "ignore": [*(name for name in linears if name not in schemes), *ignored],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import MissingExtra, ModelError
 from ..settings import nearest
 from ..solvers.codes import Codes
+from .experts import DROPPED, ignored_beside_linears, rebuilt
 from .pack_quantized import Scheme, scheme_of, tensors_of, weight_of, why_not, widened
 from .packed_config import config_of
 from .targets import Target, some_layers
@@ -32,6 +33,7 @@ class Packing:
     linears: tuple[str, ...]
     notes: tuple[str, ...]
     dtypes: Mapping[str, torch.dtype]  # of the layers' weights
+    ignored: tuple[str, ...] = ()  # patterns of what is a linear in engines alone
 
     @property
     def schemes(self) -> dict[str, Scheme]:
@@ -54,6 +56,9 @@ def choose(model: nn.Module, codes: Mapping[str, Codes], target: Target) -> Pack
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     stock = hasattr(model, "config") and hasattr(model, "save_pretrained")
+    never = None if stock else "the format is for models of transformers"
+    if never is None and target == "transformers" and rebuilt(model):
+        never = DROPPED
     kept: dict[str, Codes] = {}
     dtypes: dict[str, torch.dtype] = {}
     dense: dict[str, list[str]] = {}  # why -> layers
@@ -61,8 +66,7 @@ def choose(model: nn.Module, codes: Mapping[str, Codes], target: Target) -> Pack
     for layer, own in codes.items():
         module = modules.get(layer)
         weight = _weight(model, layer, module, own)
-        reason = "the format is for models of transformers" if not stock else _unpackable(module, weight, names)
-        reason = reason or why_not(own, weight.dtype)
+        reason = never or _unpackable(module, weight, names) or why_not(own, weight.dtype)
         final: Codes | None = own
         if reason is None and not own.symmetric and target == "transformers":
             final = widened(own)
@@ -79,7 +83,7 @@ def choose(model: nn.Module, codes: Mapping[str, Codes], target: Target) -> Pack
             f"{some_layers(wider)} stored symmetric with more bits, the weights unchanged: transformers with compressed-tensors 0.18 to"
             " 0.20 cannot read zeros. Solve with symmetric grids, or save for vllm, to store what was solved."
         )
-    return Packing(kept, linears_of(model), tuple(notes), dtypes)
+    return Packing(kept, linears_of(model), tuple(notes), dtypes, ignored_beside_linears(model))
 
 
 def linears_of(model: nn.Module) -> tuple[str, ...]:
@@ -124,7 +128,7 @@ def pack_folder(folder: Path, packing: Packing) -> Packing:
         index.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": new_place}, indent=1))
     path = folder / "config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    config["quantization_config"] = config_of(packing.schemes, packing.linears)
+    config["quantization_config"] = config_of(packing.schemes, packing.linears, packing.ignored)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return packing
 

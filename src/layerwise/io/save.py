@@ -21,6 +21,7 @@ from ..solvers.codes import Codes
 from ..solvers.factors import Factors
 from . import verify as checks
 from .card import card, plain, record
+from .experts import ONE_BY_ONE, unlike_in
 from .factored_read import ENTRY, RECORD, FactoredReport, factored_report
 from .factored_write import AllFactors, factor_folder, in_factors
 from .kv_cache import PLAN, cache_words
@@ -158,6 +159,11 @@ def save(
             entry, more = factor_folder(partial, every)
             notes, loader = (*notes, *more), loader and (BY_LAYERWISE if entry else loader)
         if packing is not None:
+            if packing.codes and unlike_in(model, partial):
+                if target == "transformers":
+                    write_own_names(model, partial)
+                else:
+                    notes, loader = (*notes, ONE_BY_ONE), loader and BY_LAYERWISE
             packing = pack_folder(partial, packing)
             check_schemes(packing.schemes, packing.linears, target)  # a layer less may part what is fused
             notes = (*notes, *packing.notes)

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from ...plan import Plan
     from ...recover import Reconstruction
     from ...solvers import Solver
+    from ...structure import Structure
     from ...tasks import Batches
+    from ..settings import Treatment
 
 
 def compress(
@@ -90,7 +92,15 @@ def compress(
     [dim]Several processes:[/]  torchrun --nproc-per-node 2 -m layerwise compress demo -o out
     """
     from ...engine import Ranks, Settings, Work
-    from ...io import check_output, check_plan, linears_of, need_compressed_tensors, target_of
+    from ...io import (
+        check_experts,
+        check_output,
+        check_plan,
+        left_dense,
+        linears_of,
+        need_compressed_tensors,
+        target_of,
+    )
     from ...methods import Auto, KVTuner
     from ...passes import spilling
     from ...plan import Plan
@@ -167,6 +177,11 @@ def compress(
         loaded = choice.load(screen, stream=stream, device=where if spill is None else None)
         with spilling(loaded, spill):
             structure = choice.structure(loaded)
+            quantized = _with_bits(given, treatment, structure)
+            if for_:
+                check_experts(loaded, quantized, target)
+            elif reason := left_dense(loaded, quantized, target):
+                show_notes((f"{reason}; what was solved is saved dense.",), screen)
             search = None
             if given is not None:
                 show_notes(given.notes, screen)
@@ -189,6 +204,13 @@ def compress(
     if saved is not None:
         record_of(output).unlink(missing_ok=True)
         _show(job, result, saved, search, screen)
+
+
+def _with_bits(given: "Plan | None", treatment: "Treatment", structure: "Structure") -> list[str]:
+    """The layers that get bits; where a method has yet to plan, all that it may choose."""
+    if given is not None:
+        return [name for name, one in given.layers.items() if one.quantize]
+    return [layer.name for layer in structure.layers] if treatment == "quantize" else []
 
 
 def _reads_data(context: typer.Context, solver: "Solver", method: Any, tuner: object) -> bool:

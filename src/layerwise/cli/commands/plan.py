@@ -72,6 +72,8 @@ def plan(
     [dim]Of training:[/]  layerwise plan demo --method owlore --set blocks=2 -o train.yaml
     [dim]After edits by hand:[/]  layerwise plan demo --edit plan.yaml --rebalance --keep '*.down_proj' -o plan2.yaml
     """
+    from ...io import check_experts, target_of
+
     screen = Screen(json=json, quiet=quiet)
     if output is not None and output.suffix.lower() not in (".yaml", ".yml", ".json"):
         raise OutputError(f'output "{output}": give a name that ends in .yaml or .json.')
@@ -107,6 +109,8 @@ def plan(
         drawn = DataChoice(data, samples, length, batch, seed).draw(choice, screen) if built.needs_data else None
         loaded = choice.load(screen, device=where)
         structure = choice.structure(loaded)
+        if for_ and chosen.treatment == "quantize":
+            check_experts(loaded, [layer.name for layer in structure.layers], target_of(for_))
         record = None if output is None else record_of(output)
         made, search = make_plan(built, choice, loaded, structure, drawn, screen, record=record, storage=storage)
     if output is not None:
