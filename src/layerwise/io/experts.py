@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import PlanError
-from ..structure.weights import is_router, kind_of, weights_in
+from ..structure.weights import kind_of, weights_in
 from .targets import Target, some_layers
 from .weights import check_file, weight_files
 
@@ -27,29 +27,31 @@ def experts_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def ignored_beside_linears(model: nn.Module) -> tuple[str, ...]:
-    """Patterns for `ignore`: experts and routers that are no linears here but in engines, which name blocks in ways of their own.
+    """Patterns for `ignore`: experts and routers, which are linears in engines, under names of their own, though not all are here.
 
     vLLM asks for "….experts.0.gate_proj" of any model with experts, Mixtral's w1 too, and raises if it is neither packed nor ignored.
     """
-    routers = [
-        name for name, module in model.named_modules() if is_router(module) and not isinstance(module, nn.Linear)
-    ]
-    patterns = {rf"re:.*\.{name.rpartition('.')[2]}$": None for name in routers}
-    return tuple(patterns) + ((r"re:.*\.experts\..*",) if experts_of(model) else ())
+    return (r"re:.*\.experts\..*", r"re:.*\.(gate|router)$") if experts_of(model) else ()
 
 
-def left_dense(model: nn.Module, layers: Collection[str], target: Target) -> str | None:
-    """What of these layers would be saved dense for the sake of experts, and why; None if nothing would."""
-    if asked := _experts_among(model, layers):
-        return f"{some_layers(asked)}: experts in one weight are not packed"
-    return f"nothing can be packed: {DROPPED}" if layers and target == "transformers" and rebuilt(model) else None
+def left_dense(model: nn.Module, layers: Collection[str], target: Target) -> tuple[str, ...]:
+    """What of these layers would be saved dense for the sake of experts, why, and what to do instead; a sentence for each reason."""
+    experts = experts_of(model)
+    asked = [layer for layer in layers if any(one == layer or one.startswith(f"{layer}.") for one in experts)]
+    reasons = []
+    if layers and target == "transformers" and rebuilt(model):
+        reasons.append(f"nothing can be packed, since {DROPPED}. Take --for vllm.")
+    if asked:
+        reasons.append(
+            f"{some_layers(asked)}: experts in one weight are not packed. Plan without them (--exclude '*.experts*')."
+        )
+    return tuple(reasons)
 
 
 def check_experts(model: nn.Module, layers: Collection[str], target: Target) -> None:
     """Raise PlanError if an engine that was asked for by name would get layers dense that it should get packed."""
-    if reason := left_dense(model, layers, target):
-        other = "Plan without them (--exclude '*.experts*')" if _experts_among(model, layers) else "Take --for vllm"
-        raise PlanError(f"{target}: {reason}. {other}, or leave --for out to have them saved dense.")
+    if reasons := left_dense(model, layers, target):
+        raise PlanError([f"{target}: {reason} Or leave --for out to have them saved dense." for reason in reasons])
 
 
 def rebuilt(model: nn.Module) -> bool:
@@ -61,8 +63,3 @@ def unlike_in(model: nn.Module, folder: Path) -> bool:
     """Whether transformers cannot load the dense experts of this folder once it is packed."""
     stored = {tensor.name for file in weight_files(folder) for tensor in check_file(file)}
     return rebuilt(model) or not stored.issuperset(experts_of(model))
-
-
-def _experts_among(model: nn.Module, layers: Collection[str]) -> list[str]:
-    experts = experts_of(model)
-    return [layer for layer in layers if any(one == layer or one.startswith(f"{layer}.") for one in experts)]

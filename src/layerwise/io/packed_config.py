@@ -18,7 +18,11 @@ LAYOUT = "0.20.0"  # the compressed-tensors whose layout we write: since 0.18 co
 
 
 def config_of(schemes: Mapping[str, Scheme], linears: Iterable[str], ignored: Iterable[str] = ()) -> dict[str, Any]:
-    """The entry for these layers. linears: every linear of the model; those without a scheme are named in `ignore`, with `ignored`."""
+    """The entry for these layers. linears: every linear of the model; those without a scheme are named in `ignore`.
+
+    ignored: patterns that go there, too, but for one that takes a layer with a scheme: it would be left without its weight.
+    """
+    safe = (pattern for pattern in ignored if not any(re.match(pattern.removeprefix("re:"), name) for name in schemes))
     groups: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
         groups.setdefault(scheme, []).append(name)
@@ -37,7 +41,7 @@ def config_of(schemes: Mapping[str, Scheme], linears: Iterable[str], ignored: It
             }
             for index, (scheme, names) in enumerate(groups.items())
         },
-        "ignore": [*(name for name in linears if name not in schemes), *ignored],
+        "ignore": [*(name for name in linears if name not in schemes), *safe],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }

@@ -180,8 +180,9 @@ def compress(
             quantized = _with_bits(given, treatment, structure)
             if for_:
                 check_experts(loaded, quantized, target)
-            elif reason := left_dense(loaded, quantized, target):
-                show_notes((f"{reason}; what was solved is saved dense.",), screen)
+            else:
+                notes = left_dense(loaded, quantized, target)
+                show_notes(tuple(f"{note} Else what is solved is saved dense." for note in notes), screen)
             search = None
             if given is not None:
                 show_notes(given.notes, screen)
