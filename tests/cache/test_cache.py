@@ -2,52 +2,18 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from caches import HEAD, KV_HEADS, LAYERS, SCHEMES, full, generate, ids, logits, schemes, states
 from layerwise.cache import QuantizedKVCache, cache_bytes, quantize
 from layerwise.cache.layer import QuantizedKVLayer
 from layerwise.errors import StatisticsError
-from layerwise.randomness import generator_for
 from models import MODELS, small_llama
-
-SCHEMES = {
-    "per-token": {"residual": 0},
-    "kivi": {"mode": "kivi", "group": 4, "residual": 4},
-    "per-token, residual": {"residual": 5},
-    "kivi, long residual": {"mode": "kivi", "group": 4, "residual": 10},
-}
-schemes = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-HEAD, KV_HEADS, LAYERS = 8, 2, 3  # 4 query heads: every cached head serves two
 
 
 @pytest.fixture(scope="module")
 def model():
     return small_llama(num_hidden_layers=LAYERS, initializer_range=0.3)  # large enough for predictions to differ
-
-
-def ids(batch, tokens, seed=0):
-    return torch.randint(3, 60, (batch, tokens), generator=generator_for(seed, "ids"))
-
-
-def states(tokens, seed=0, batch=2, heads=KV_HEADS):
-    drawn = torch.randn((2, batch, heads, tokens, HEAD), generator=generator_for(seed, "states"))
-    return drawn[0] + 2, drawn[1]
-
-
-def generate(model, prompt, cache, new=16, **settings):
-    mask = settings.pop("attention_mask", torch.ones_like(prompt))
-    return model.generate(
-        prompt, attention_mask=mask, past_key_values=cache, max_new_tokens=new, min_new_tokens=new, do_sample=False, **settings
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def logits(model, tokens, cache):
-    return model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
-
-
-def full(model):
-    return DynamicCache(config=model.config)
 
 
 @schemes
@@ -173,25 +139,6 @@ def test_every_layer_has_its_own_bits(model):
     assert cache.name == "K8.66667V7.33333 per-token, residual 0"
 
 
-def test_a_batch_padded_on_the_left_is_each_sequence_by_itself(model):
-    """Groups of a token do not mix tokens, so padding by as many tokens as are written at a time changes nothing."""
-    long, short = ids(1, 9), ids(1, 5, seed=1)
-    prompt = torch.cat([long, torch.cat([torch.zeros(1, 4, dtype=torch.long), short], dim=1)])
-    mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
-    cache = QuantizedKVCache.uniform(4, 4, model.config, residual=4)
-    both = generate(model, prompt, cache, attention_mask=mask)
-    for row, alone in ((both[0], long), (both[1], short)):
-        assert torch.equal(row[9:], generate(model, alone, cache.fresh())[0, alone.shape[1] :])
-
-
-@schemes
-def test_beam_search(model, scheme):
-    prompt = ids(2, 9)
-    cache = QuantizedKVCache.uniform(16, 16, model.config, **scheme)
-    assert torch.equal(generate(model, prompt, cache, num_beams=3), generate(model, prompt, full(model), num_beams=3))
-    assert generate(model, prompt, QuantizedKVCache.uniform(4, 2, model.config, **scheme), num_beams=3).shape == (2, 25)
-
-
 @schemes
 def test_sequences_are_chosen_in_codes_and_recent_tokens_alike(scheme):
     cache = QuantizedKVCache([(4, 2)], **scheme)
@@ -226,53 +173,6 @@ def test_a_conversation_goes_on(model, scheme):
     cache.reset()
     assert cache.get_seq_length() == cache.nbytes == 0
     assert torch.equal(generate(model, whole, cache, new=4), first)
-
-
-@schemes
-def test_tokens_just_added_can_be_taken_back_without_a_trace(scheme):
-    keys, values = states(20)
-    plain, tried = QuantizedKVCache([(4, 2)], **scheme), QuantizedKVCache([(4, 2)], **scheme)
-    plain.update(keys[:, :, :9], values[:, :, :9], 0)
-    tried.update(keys[:, :, :9], values[:, :, :9], 0)
-    tried.activate_past_recording()
-    for start, end, kept in ((9, 14, 11), (11, 17, 11), (11, 18, 18)):
-        tried.update(keys[:, :, start:end], values[:, :, start:end], 0)
-        tried.crop(kept - end)
-        assert tried.get_seq_length() == kept
-    plain.update(keys[:, :, 9:18], values[:, :, 9:18], 0)
-    for a, b in zip(plain.layers[0].sides, tried.layers[0].sides):
-        assert all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
-
-
-def test_assisted_decoding_is_greedy_decoding(model):
-    prompt = ids(1, 4).repeat(1, 3)  # something to look up
-    cache = QuantizedKVCache.uniform(4, 4, model.config, quantize_prefill=True)
-    want = generate(model, prompt, cache.fresh(), new=20)
-    assert torch.equal(generate(model, prompt, cache, new=20, prompt_lookup_num_tokens=3), want)
-    exact = QuantizedKVCache.uniform(16, 16, model.config)
-    assert torch.equal(
-        generate(model, prompt, exact, new=20, prompt_lookup_num_tokens=3), generate(model, prompt, full(model), new=20)
-    )
-
-
-def test_cropping_into_a_group_of_tokens_leaves_its_rest_as_it_was_read():
-    keys, values = states(11)
-    cache = QuantizedKVCache([(4, 4)], mode="kivi", group=4, residual=4)
-    cache.update(keys, values, 0)
-    cache.crop(-5)  # 6 tokens: one whole group of keys, and two tokens of the second
-    side = cache.layers[0].sides[0]
-    assert (side.coded, side.recent.shape[2]) == (4, 2)
-    assert torch.allclose(side.recent, quantize(keys[:, :, 4:8], 4, axis=-2, group=4).values()[:, :, :2])
-    assert (cache.layers[0].sides[1].coded, cache.layers[0].sides[1].tokens) == (4, 6)
-    cache.crop(-3)
-    assert [side.coded for side in cache.layers[0].sides] == [0, 3]  # a token's values have scales of their own
-    codes = cache.layers[0].sides[1].parts[0]
-    cache.update(keys[:, :, :6], values[:, :, :6], 0)
-    assert [side.tokens for side in cache.layers[0].sides] == [9, 9]
-    assert torch.equal(cache.layers[0].sides[1].parts[0][:, :, :3], codes)
-    cache.crop(-3)
-    cache.crop(-6)
-    assert cache.get_seq_length() == cache.nbytes == 0
 
 
 def test_sliding_windows_stay_full():

@@ -48,9 +48,8 @@ class QuantizedKVLayer(DynamicLayer):  # type: ignore[misc]
         if self.sides is None:
             self.lazy_initialization(key_states, value_states)
         assert self.sides is not None  # noqa: S101  (for the type checker)
-        first = self.quantize_prefill
         keys, values = (
-            side.add(new, first=first, hold=self.record_past and not first)
+            side.add(new, first=self.quantize_prefill, hold=self.record_past)
             for side, new in zip(self.sides, (key_states, value_states), strict=True)
         )
         self._show()

@@ -35,6 +35,11 @@ class Grouping:
     unit: int
     keep: int
 
+    @property
+    def at_once(self) -> bool:
+        """Whether every token is written by itself as soon as it is there, so that later ones have no part in it."""
+        return self.unit == 1 and self.keep == 0
+
     def quantized(self, tokens: int) -> int:
         """How many of so many tokens are held as codes."""
         return max(0, tokens - self.keep) // self.unit * self.unit

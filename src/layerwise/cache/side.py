@@ -53,20 +53,26 @@ class Side:
     def add(self, new: Tensor, *, first: bool, hold: bool) -> Tensor:
         """Take `new` tokens in; returns all (batch, heads, tokens, channels) to attend to, in the dtype of `new`.
 
-        first: quantise before that, so that the new tokens are attended to as they are stored. hold: leave the new tokens as they are
-        until the next call, so that `crop` can take them back without a trace.
+        first: quantise before that, so that the new tokens are attended to as they are stored. hold: some of the new tokens may be taken
+        back; until the next call nothing is written, so that `crop` leaves no trace of them. The first of them is no draft, and those after
+        it, up to what may wait, fill no group that is attended to: what the others are given does not depend on drafts.
         """
+        grouping = self.grouping
+        hold = hold and not (first and grouping.at_once)  # each token has scales of its own: `crop` is exact as it is
         if hold:
             self.settle()
         waiting = new if not self.recent.shape[TOKENS] else torch.cat([self.recent, new], dim=TOKENS)
+        mine, before = waiting is not new, self.parts
         if first:
-            self._take(waiting, mine=waiting is not new)
-            return self._joined(self.recent)
-        every = self._joined(waiting)
-        if hold:
-            self.recent = _owned(waiting) if waiting is new else waiting
+            drafts = min(max(new.shape[TOKENS] - 1, 0), grouping.keep + grouping.unit) if hold else 0
+            self._take(waiting, mine=mine, drafts=drafts)
+            every = self._joined(self.recent)
         else:
-            self._take(waiting, mine=waiting is not new)
+            every = self._joined(waiting)
+        if hold:
+            self.parts, self.recent = before, waiting if mine else _owned(waiting)
+        elif not first:
+            self._take(waiting, mine=mine)
         return every
 
     def settle(self) -> None:
@@ -74,7 +80,8 @@ class Side:
         self._take(self.recent)
 
     def crop(self, tokens: int) -> None:
-        """Remove the last `tokens`. Where that cuts a group of tokens, the rest of it goes back to the recent ones, as it was read."""
+        """Remove the last `tokens`. Where that cuts a group of tokens, the rest of it goes back to the recent ones, as it was read: of what
+        is written (`add` holds what may be taken back) nothing better is known."""
         left = self.tokens - tokens
         if left >= self.coded:
             self.recent = _owned(self.recent.narrow(TOKENS, 0, left - self.coded))
@@ -96,9 +103,10 @@ class Side:
         changed = tuple(change(part) for part in self.parts)
         self.parts = changed if changed and changed[0].shape[TOKENS] else ()
 
-    def _take(self, waiting: Tensor, *, mine: bool = True) -> None:
-        """Of the tokens that wait quantise what is due; the others are the recent ones. mine: nobody else holds this tensor."""
-        total = self.coded + waiting.shape[TOKENS]
+    def _take(self, waiting: Tensor, *, mine: bool = True, drafts: int = 0) -> None:
+        """Of the tokens that wait quantise what is due; the others are the recent ones. mine: nobody else holds this tensor. drafts: so
+        many of the last tokens do not count."""
+        total = self.coded + waiting.shape[TOKENS] - drafts
         due = 0 if self.bits == 16 else self.grouping.quantized(total) - self.coded
         if due <= 0:
             self.recent = waiting if mine else _owned(waiting)
