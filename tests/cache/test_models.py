@@ -5,9 +5,12 @@ import torch
 from transformers import AutoConfig
 
 import layerwise as lw
+from caches import CONFIGS, tiny
 from layerwise.cache import QuantizedKVCache, Scheme, pairs_of, parse_pair, true_bits
 from layerwise.errors import ConfigError, ModelError, PlanError, ShapeError
 from layerwise.plan import CacheBits, Plan, Prune, Treatments
+from layerwise.randomness import generator_for
+from layerwise.tasks import Batches
 from models import MODELS, small_llama
 
 LAYERS = 3
@@ -33,6 +36,7 @@ def plan(*pairs, names=ATTENTIONS, **scheme):
         ("recurrent_gemma", r"recurrent_gemma has no attention .* \(sliding window, state of fixed size\)"),
         ("deepseek_v3", r"deepseek_v3 has multi-head latent attention \(MLA\)"),
         ("t5", r"t5 is an encoder-decoder model"),
+        ("minimax", r"minimax has a cache of its own kind \(MiniMaxCache\), for the states of its linear attention"),
     ],
 )
 def test_models_without_a_usual_cache_are_named(kind, line):
@@ -48,6 +52,26 @@ def test_state_layers_of_a_hybrid_stay_as_they_are():
     with pytest.raises(PlanError, match=r"cache bits to layers that cannot have them: layer 0: full precision"):
         QuantizedKVCache.from_plan(plan((8, 4), names=["model.layers.0.mamba"]), config)
     assert QuantizedKVCache.from_plan(plan((8, 4), names=["model.layers.4.self_attn"]), config).notes == ()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_attentions_that_are_written_otherwise_have_the_usual_cache(kind):
+    """Also beside a state in the same layer (Falcon-H1, Zamba)."""
+    model, prompt = tiny(kind), torch.randint(3, 60, (2, 9), generator=generator_for(0, "ids"))
+    same = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    exact = QuantizedKVCache.uniform(16, 16, model.config)
+    want = model.generate(prompt, **same)
+    assert torch.equal(model.generate(prompt, past_key_values=exact, **same), want)
+    exact.reset()
+    assert torch.equal(model.generate(prompt, past_key_values=exact, **same), want)
+    beams = {**same, "num_beams": 3}
+    assert torch.equal(model.generate(prompt, past_key_values=exact.fresh(), **beams), model.generate(prompt, **beams))
+    few = QuantizedKVCache.uniform(4, 2, model.config, quantize_prefill=True)
+    data = Batches(({"input_ids": prompt},), {})
+    assert lw.evaluate(model, data, against=model, cache=few).kl > 0
+    assert few.notes == (("layer 0: full precision, not fewer bits (state of fixed size).",) if kind == "zamba" else ())
+    model(input_ids=prompt, past_key_values=few)
+    assert few.long_run()[0] == pytest.approx(true_bits([(4, 2)], few.scheme, 8))
 
 
 def test_what_does_not_fit_is_refused_before_anything_runs(model):

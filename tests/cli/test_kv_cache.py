@@ -5,6 +5,7 @@ import json
 import pytest
 
 import layerwise as lw
+from caches import tiny
 from layerwise.cli import kv_cache, main
 from layerwise.cli.inputs import ModelChoice
 from layerwise.cli.screen import Screen
@@ -87,6 +88,30 @@ def test_bad_requests_are_one_line(here, capsys, args, line):
     assert out == ""
     assert line in err
     assert len(err.splitlines()) == 1
+
+
+def test_a_model_with_a_cache_of_its_own_kind_is_one_line(here, capsys):
+    tiny("minimax").save_pretrained("minimax")
+    lw.load_tokenizer("model").save_pretrained("minimax")
+    plan_it = [
+        "plan",
+        "minimax",
+        "--method",
+        "kvtuner",
+        "--bits",
+        "6",
+        "--data",
+        "text.txt",
+        "--samples",
+        "2",
+        "--length",
+        "46",
+    ]
+    for args in (["evaluate", "minimax", "--kv-bits", "K4V4", *TEXT], plan_it):
+        capsys.readouterr()
+        assert main([*args, "-q"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "minimax has a cache of its own kind (MiniMaxCache), for the states of its linear attention" in line
 
 
 def test_tasks_say_that_they_run_with_the_plain_cache(here, capsys):

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 
+from caches import tiny
 from layerwise.cache import QuantizedKVCache
 from layerwise.errors import BudgetError, ConfigError, DataError, ModelError, ShapeError
 from layerwise.methods import METHODS, KVTuner, method_from
@@ -138,6 +139,28 @@ def test_other_models(name):
     batches = Batches(tuple(inputs_for(name, model, seed=seed) for seed in range(2)), {})
     plan = KVTuner(**{**SMALL, "trials": 10}).plan(model, batches)
     assert len(plan.layers) == model.config.get_text_config().num_hidden_layers
+
+
+def test_a_cache_beside_a_state_is_decided_about():
+    plan = KVTuner(**{**SMALL, "trials": 10}).plan(tiny("falcon_h1"), data(2))
+    assert list(plan.layers) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("gptj", "GPTJForCausalLM: its attentions do not go through transformers' attention interface"),
+        ("codegen", "CodeGenForCausalLM: its attentions do not go through transformers' attention interface"),
+        ("xglm", "XGLMForCausalLM: its attentions do not go through transformers' attention interface"),
+        ("doge", "DogeAttention has attention functions of its own, with masks that depend on cached values"),
+        ("zamba", "ZambaForCausalLM: layers 1, 2 have no attention of their own"),
+        ("minimax", "minimax has a cache of its own kind"),
+    ],
+)
+def test_attentions_that_cannot_be_looked_at_are_refused_with_the_reason(kind, reason):
+    with pytest.raises(ModelError, match=reason) as caught:
+        KVTuner(**SMALL).plan(tiny(kind), data(2))
+    assert "\n" not in str(caught.value)
 
 
 def test_kivi_groups_tokens_of_a_channel_and_says_what_stays(model):

@@ -141,7 +141,7 @@ def test_the_tail_is_whose_queries_count():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("bloom", "none of its attentions has a key-value cache of the usual kind"),
+        ("bloom", "its attentions do not go through transformers' attention interface"),
         ("t5", "has an encoder"),
         ("cifar_resnet", "is no transformers model"),
         ("bert", "none of its attentions has a key-value cache"),

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ..errors import ConfigError, ModelError, PlanError
 from ..plan import Plan
 from ..treatments import CacheMode
-from .layer import QuantizedKVLayer
+from .layer import QuantizedKVLayer, quantized_layer
 from .models import check_pairs, decoder_config, left_full, quantizable, stock_layers
 from .plans import pairs_of
 from .scheme import Pair, Scheme, check_pair, pair_name
@@ -55,7 +55,7 @@ class QuantizedKVCache(Cache):  # type: ignore[misc]
         self.notes = left_full(self.pairs, layers)
         super().__init__(
             layers=[
-                QuantizedKVLayer(pair, self.scheme, quantize_prefill=quantize_prefill, index=index)
+                quantized_layer(layer, pair, self.scheme, quantize_prefill=quantize_prefill, index=index)
                 if quantizable(layer)
                 else layer
                 for index, (pair, layer) in enumerate(zip(self.pairs, layers, strict=True))

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from .scheme import Pair, Scheme, pair_name
 from .side import Side
@@ -93,3 +93,43 @@ class QuantizedKVLayer(DynamicLayer):  # type: ignore[misc]
     def _show(self) -> None:
         if self.sides is not None:
             self.keys, self.values = (side.recent for side in self.sides)
+
+
+class QuantizedHybridLayer(LinearAttentionLayer, QuantizedKVLayer):  # type: ignore[misc]
+    """The same beside a state of fixed size, which stays as it is (Falcon-H1); of two parts, as transformers' own."""
+
+    is_compileable = False
+
+    def __init__(self, pair: Pair, scheme: Scheme, *, quantize_prefill: bool, index: int, states: int) -> None:
+        QuantizedKVLayer.__init__(self, pair, scheme, quantize_prefill=quantize_prefill, index=index)
+        LinearAttentionLayer.__init__(self, number_of_states=states)
+
+    def __repr__(self) -> str:
+        return QuantizedKVLayer.__repr__(self)
+
+    def lazy_initialization(self, *states: Tensor, **state: Any) -> None:
+        """Keys and values come by position, the states of linear attention by name."""
+        if states:
+            QuantizedKVLayer.lazy_initialization(self, *states)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **state)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        QuantizedKVLayer.crop(self, tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        QuantizedKVLayer.reorder_cache(self, beam_idx)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        QuantizedKVLayer.reset(self)
+
+
+def quantized_layer(stock: Any, pair: Pair, scheme: Scheme, *, quantize_prefill: bool, index: int) -> QuantizedKVLayer:
+    """The layer that takes the place of transformers' own."""
+    if isinstance(stock, LinearAttentionLayer):
+        states = stock.number_of_states
+        return QuantizedHybridLayer(pair, scheme, quantize_prefill=quantize_prefill, index=index, states=states)
+    return QuantizedKVLayer(pair, scheme, quantize_prefill=quantize_prefill, index=index)

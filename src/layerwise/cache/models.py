@@ -1,9 +1,10 @@
 """What the config of a model says of its KV cache: which layers have one that can be quantised, and what stays as it is."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 from ..errors import ConfigError, ModelError
 from .scheme import FULL, Pair, Scheme
@@ -12,6 +13,7 @@ _KINDS = {
     "DynamicSlidingWindowLayer": "sliding window",
     "LinearAttentionLayer": "state of fixed size",
     "DynamicIndexedLayer": "indexed attention",
+    "LinearAttentionAndSlidingWindowAttentionLayer": "sliding window beside a state of fixed size",
     "DummyLayer": "no cache of its own",
 }
 
@@ -36,18 +38,23 @@ def decoder_config(config: Any) -> Any:
 
 def stock_layers(decoder: Any) -> list[Any]:
     """The layers of transformers' own cache for this decoder, empty. Raises ModelError if none is of the usual kind, named."""
+    if own := _own_cache(decoder):
+        raise ModelError(
+            f"{decoder.model_type} has a cache of its own kind ({own}), for the states of its linear attention too, and takes no other."
+        )
     layers = list(DynamicCache(config=decoder).layers)
     if not any(quantizable(layer) for layer in layers):
         kinds = ", ".join(sorted({_kind(layer) for layer in layers}))
         raise ModelError(f"{decoder.model_type} has no attention with a KV cache that grows with the text ({kinds}).")
-    if _is_stateful(decoder) and all(quantizable(layer) for layer in layers):
+    plain = all(type(layer) is DynamicLayer for layer in layers)  # also where the config says nothing
+    if plain and getattr(_class_of(decoder), "_is_stateful", False):  # RWKV, xLSTM
         raise ModelError(f"{decoder.model_type} has no KV cache: it keeps a state of fixed size instead.")
     return layers
 
 
 def quantizable(layer: Any) -> bool:
-    """Whether this is a plain layer that keeps the keys and values of every token."""
-    return type(layer) is DynamicLayer
+    """Whether this keeps the keys and values of every token, alone or beside a state of fixed size (Falcon-H1)."""
+    return type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 
 
 def check_pairs(pairs: Sequence[Pair], layers: Sequence[Any], decoder: Any, scheme: Scheme) -> None:
@@ -93,9 +100,20 @@ def _kind(layer: Any) -> str:
     return _KINDS.get(type(layer).__name__, type(layer).__name__)
 
 
-def _is_stateful(decoder: Any) -> bool:
-    """Whether transformers' class for this config says that the model keeps a state (RWKV, xLSTM)."""
+def _own_cache(decoder: Any) -> str | None:
+    """The cache class that the model's file defines beside it and asks for (MiniMax); None without one."""
+    known = _class_of(decoder)
+    if known is None:
+        return None
+    caches = (
+        one for one in vars(sys.modules[known.__module__]).values() if isinstance(one, type) and issubclass(one, Cache)
+    )
+    return next((one.__name__ for one in caches if one.__module__ == known.__module__), None)
+
+
+def _class_of(decoder: Any) -> type | None:
+    """Transformers' language model for this config, if it knows one."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(decoder), None)
-    return bool(getattr(known, "_is_stateful", False))
+    known: type | None = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(decoder), None)
+    return known

@@ -94,7 +94,7 @@ class Layers:
 
 def layers_of(model: nn.Module, batch: Batch, treatment: CacheBits, nominal: bool) -> Layers:
     """Seen in one forward pass of one sample with transformers' own cache. Raises ModelError, ShapeError (groups that divide no head)."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
+    from transformers.cache_utils import DynamicCache
 
     from ..cache import Scheme
     from ..cache import models as known
@@ -106,14 +106,20 @@ def layers_of(model: nn.Module, batch: Batch, treatment: CacheBits, nominal: boo
     known.stock_layers(known.decoder_config(model.config))  # its errors
     cache = DynamicCache(config=config)
     call(Cached(model, lambda: cache), {name: value[:1] for name, value in batch.items()})
-    plain = [i for i, layer in enumerate(cache.layers) if type(layer) is DynamicLayer and layer.is_initialized]
+    plain = [i for i, layer in enumerate(cache.layers) if known.quantizable(layer) and layer.is_initialized]
     by_place = {
         module.layer_idx: name
         for name, module in model.named_modules()
-        if isinstance(getattr(module, "layer_idx", None), int) and getattr(module, "is_causal", False)
+        if isinstance(getattr(module, "layer_idx", None), int)
+        and getattr(module, "is_causal", "Attention" in type(module).__name__)
     }
-    if not plain or not by_place.keys() >= set(plain):
-        raise ModelError(f"{type(model).__name__}: none of its attentions has a key-value cache of the usual kind.")
+    if not plain:
+        raise ModelError(f"{type(model).__name__} does not use the key-value cache that it is given.")
+    if shared := [place for place in plain if place not in by_place]:
+        raise ModelError(
+            f"{type(model).__name__}: layers {known.few(shared)} have no attention of their own (they share one, or it has no number),"
+            " so bits cannot be named for each. Choose the bits of its QuantizedKVCache yourself."
+        )
     shapes = [(cache.layers[place].keys.shape, cache.layers[place].values.shape) for place in plain]
     for keys, values in shapes:
         scheme.check((2, 2), keys[-1], values[-1])

@@ -135,7 +135,12 @@ def attention_errors(
                 call(model, batch)
     tell(len(data), len(data))
     if not seen.sums:
-        raise ModelError(f"{type(model).__name__}: none of its attentions has a key-value cache of the usual kind.")
+        raise ModelError(
+            f"{type(model).__name__}: none of its attentions has a key-value cache of the usual kind."
+            if seen.others
+            else f"{type(model).__name__}: its attentions do not go through transformers' attention interface, so their queries cannot be"
+            " seen and what its cache can lose is not known. Choose the bits of its QuantizedKVCache yourself."
+        )
     order = sorted(seen.sums, key=lambda name: getattr(model.get_submodule(name), "layer_idx", 0) or 0)
     return {name: {pair: _mean(name, *parts) for pair, parts in seen.sums[name].items()} for name in order}
 
@@ -150,16 +155,22 @@ def _listening(
 
     config = decoder_config(model)
 
-    def listen(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **more: Any) -> Any:
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    def listen(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **more: Any) -> Any:
+        beside = vars(sys.modules[type(module).__module__])
+        if beside.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS) is not ALL_ATTENTION_FUNCTIONS:
+            raise ModelError(
+                f"{type(module).__name__} has attention functions of its own, with masks that depend on cached values, so what its cache"
+                " can lose is not known. Choose the bits of its QuantizedKVCache yourself."
+            )
+        eager = beside.get("eager_attention_forward")
         if eager is None:
             raise ModelError(
                 f"{type(module).__name__}: its attention has no eager form, so its queries cannot be seen."
             )
-        made = eager(module, query, key, value, mask, **more)
+        made = eager(module, query, key, value, attention_mask, **more)
         how = {
             "scaling": more.get("scaling") or query.shape[-1] ** -0.5,
-            "mask": mask,
+            "mask": attention_mask,
             "softcap": more.get("softcap"),
             "sinks": more.get("s_aux", more.get("sinks")),
         }
@@ -167,15 +178,15 @@ def _listening(
         return made
 
     before = config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS[_NAME] = listen
-    # masks are looked for among those of the whole process
+    # both are looked for among those of the whole process: a model may have a table of its own
+    ALL_ATTENTION_FUNCTIONS.register(_NAME, listen)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, eager_mask)
     try:
         config._attn_implementation = _NAME
         yield
     finally:
         config._attn_implementation = before
-        del ALL_ATTENTION_FUNCTIONS[_NAME]
+        ALL_ATTENTION_FUNCTIONS._global_mapping.pop(_NAME, None)
         ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(_NAME, None)
 
 
@@ -210,11 +221,13 @@ class _Sums:
         self.quantise, self.bits = quantise, bits
         self.sums: dict[str, dict[Pair, tuple[Tensor, Tensor]]] = {}
         self.real = self.decode = torch.empty(0)
+        self.others = 0  # attentions heard of which nothing is cached by the token
 
     def add(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, output: Tensor, how: _How) -> None:
         """One attention and batch. output: (batch, queries, heads, width), as the model computed it."""
         if not getattr(module, "is_causal", True) or key.shape[2] != query.shape[2]:
-            return  # an encoder, or attention across to one: nothing of it is cached by the token
+            self.others += 1  # an encoder, or attention across to one
+            return
         name, real, decode = self.names[module], self.real.to(query.device), self.decode.to(query.device)
         columns = decode.any(0).nonzero().flatten()  # samples of unequal length: the queries that any of them needs
         decode, query, mask = decode[:, columns], query[:, :, columns], how["mask"]
