@@ -18,9 +18,9 @@ from quantized import quantized
 COMPRESS = "compress model -o out --data text.txt --samples 2 --length 32 --plan plan.yaml".split()
 
 
-def write_plan(model, bits):
+def write_plan(model, bits, symmetric=True):
     """The tiny model's 32 and 48 inputs are no multiples of 64: one scale per row."""
-    layers = {one.name: Quantize(bits=bits(one.name), group=None, symmetric=True) for one in structure_of(model)}
+    layers = {one.name: Quantize(bits=bits(one.name), group=None, symmetric=symmetric) for one in structure_of(model)}
     Plan(layers=layers).save("plan.yaml")
 
 
@@ -105,3 +105,17 @@ def test_a_plan_without_bits_may_name_an_engine(here, capsys):
     arguments = "compress model -o out --solver magnitude --sparsity 0.5 --for vllm --json".split()
     assert main(arguments) == 0
     assert json.loads(capsys.readouterr().out)["saved"]["packed"] is None
+
+
+@pytest.mark.usefixtures("same_process")
+def test_bits_that_are_stored_otherwise_than_planned_are_said(here, capsys):
+    pytest.importorskip("compressed_tensors")
+    write_plan(load("model"), lambda name: 4, symmetric=False)
+    arguments = "compress model -o out --solver round_to_nearest --plan plan.yaml".split()
+    assert main([*arguments, "--json", "-q"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["result"]["nominal_bits"] == 4
+    assert set(found["saved"]["widened"].values()) == {5}
+    assert found["result"]["stored_bits"] == found["saved"]["packed"]["bits"] > found["result"]["bits"]
+    assert main([*arguments, "--force"]) == 0
+    assert f"(stored in {found['result']['stored_bits']:.3f}" in " ".join(capsys.readouterr().out.split())

@@ -118,13 +118,22 @@ def test_what_is_counted(tmp_path):
 @pytest.mark.usefixtures("in_this_process")
 def test_zeros_are_widened_away_for_transformers(tmp_path):
     model = llama()
-    saved = save(model, tmp_path / "out", codes=quantized(model, with_zeros))
+    codes = quantized(model, with_zeros)
+    solved = {"bits": 4 + 20 / 32, "nominal_bits": 4.0}
+    saved = save(model, tmp_path / "out", codes=codes, result=solved)
     assert saved.verified is not None
     assert saved.verified.loader == "transformers.AutoModelForCausalLM"
     assert saved.report.packed is not None
     assert set(saved.report.packed.by_bits) == {5}
     assert "stored symmetric with more bits" in saved.report.notes[0]
     assert same(model, load(tmp_path / "out"))
+    facts = json.loads((tmp_path / "out/layerwise.json").read_text())
+    assert facts["result"] == {**solved, "stored_bits": 5.5}  # 5 + 16/32
+    assert facts["saved"]["widened"] == dict.fromkeys(codes, 5)
+    assert "| stored_bits | 5.5 |" in (tmp_path / "out/README.md").read_text()
+    vllm = save(model, tmp_path / "vllm", codes=codes, result=solved, target="vllm", verify=False)
+    assert vllm.report.widened == {}
+    assert json.loads((tmp_path / "vllm/layerwise.json").read_text())["result"] == solved
 
 
 def test_zeros_are_stored_for_vllm(tmp_path):
@@ -237,7 +246,7 @@ def test_shards_keep_their_names_and_the_index_its_order(tmp_path, monkeypatch):
 def test_block_by_block(tmp_path):
     """A packed folder streamed gives the same weights, can be written dense, and codes of a streamed model are packed."""
     model = llama()
-    codes = quantized(model, mixed)
+    codes = quantized(model, lambda name, index: (*mixed(name, index)[:2], index != 1))
     save(model, tmp_path / "packed", codes=codes, verify=False)
     streamed = load_streamed(tmp_path / "packed")
     for block in structure_of(streamed, include=["*"]).blocks:
@@ -250,6 +259,7 @@ def test_block_by_block(tmp_path):
     again = load_streamed(tmp_path / "dense")
     saved = save_whole_streamed(again, tmp_path / "again", dense=tmp_path / "dense", codes=codes)
     assert saved.report.packed == saved_report(tmp_path / "packed").packed
+    assert saved.report.widened.keys() == {name for name, one in codes.items() if not one.symmetric} != set()
     assert same(model, load(tmp_path / "again"))
 
 

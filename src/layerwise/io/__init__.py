@@ -9,7 +9,8 @@ from .load import check_finite, load, load_image_processor, load_into, load_toke
 from .packed_read import packed_codes
 from .packed_write import linears_of, need_compressed_tensors
 from .places import model_folder
-from .save import Saved, SavedReport, needed_bytes, save, saved_report
+from .save import Saved, needed_bytes, save
+from .saved_report import SavedReport, saved_report
 from .stream import load_streamed
 from .streamed import save_whole_streamed
 from .targets import Target, check_plan, target_of

@@ -40,6 +40,10 @@ class Packing:
         """Layer -> how it is stored."""
         return {name: scheme_of(codes) for name, codes in self.codes.items()}
 
+    def widened(self, codes: Mapping[str, Codes]) -> dict[str, int]:
+        """Layer -> bits as stored, where these are not those of the codes that were handed over."""
+        return {layer: final.bits for layer, final in self.codes.items() if final.bits != codes[layer].bits}
+
     def weight(self, layer: str) -> Tensor:
         """What a reader makes of the stored codes."""
         return weight_of(self.codes[layer], self.dtypes[layer]).cpu()

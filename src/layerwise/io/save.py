@@ -4,7 +4,6 @@ Written under a name beside the target, loaded back in a fresh process, and only
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,58 +21,21 @@ from ..solvers.factors import Factors
 from . import verify as checks
 from .card import card, plain, record
 from .experts import ONE_BY_ONE, unlike_in
-from .factored_read import ENTRY, RECORD, FactoredReport, factored_report
+from .factored_read import ENTRY, RECORD
 from .factored_write import AllFactors, factor_folder, in_factors
 from .kv_cache import PLAN, cache_words
-from .packed_report import PackedReport, packed_report
 from .packed_write import Packing, choose, need_compressed_tensors, pack_folder
 from .places import Loader, read_config
 from .remote_code import check_family, write_remote_code
+from .saved_report import SavedReport, saved_report
 from .stock_write import write_model, write_own_names
 from .targets import Target, check_schemes
 from .verify import Verified
 from .weights import weight_files
 from .whole import check_output, whole_folder
-from .zeros import count_zeros
 
 BY_LAYERWISE = Loader("layerwise", "load")
 Mode = Literal["auto", "remote-code"]
-
-
-@dataclass(frozen=True)
-class SavedReport:
-    """What the files hold, counted in them. Bytes are of the weight files alone.
-
-    before: bytes of the dense model's weight files, where they are known.
-    """
-
-    bytes: int
-    before: int | None
-    zeros: int
-    values: int  # in floating-point tensors of two or more dimensions
-    packed: PackedReport | None = None
-    factored: FactoredReport | None = None
-    notes: tuple[str, ...] = ()  # layers whose codes or factors are not stored as they were handed over
-
-    def lines(self) -> list[str]:
-        """In plain words: what became smaller, and what did not."""
-        share = f"{self.zeros / self.values:.1%}" if self.values else "none"
-        lines = [
-            f"Weights on disk: {self.bytes:,} bytes"
-            + (f", {self.before:,} before." if self.before is not None else "."),
-            f"Zeros counted in the files: {self.zeros:,} of {self.values:,} values in matrices ({share}).",
-        ]
-        if (
-            self.zeros
-            and not self.packed
-            and not self.factored
-            and (self.before is None or abs(self.bytes - self.before) <= 0.02 * self.before)
-        ):
-            lines.append("Zeros do not shrink this format and do not speed up a stock engine: same bytes, same speed.")
-        if self.before is not None and self.bytes > 1.02 * self.before:
-            lines.append("Larger than before: what was packed there was read as dense numbers, and is saved so.")
-        parts = [part for part in (self.packed, self.factored) if part is not None]
-        return [*lines, *(line for part in parts for line in part.lines()), *self.notes]
 
 
 @dataclass(frozen=True)
@@ -170,7 +132,9 @@ def save(
         for beside in (tokenizer, processor):
             if beside is not None:
                 beside.save_pretrained(partial)
-        report = saved_report(partial, before=before, notes=notes)
+        report = saved_report(
+            partial, before=before, notes=notes, widened=packing.widened(codes) if packing and codes else {}
+        )
         saved = Saved(whole, report, None, cache_words(plan))
         facts = every.entry(entry) if entry else None
         # before the check, too: what is checked is what will be there
@@ -180,14 +144,6 @@ def save(
                 saved = replace(saved, verified=_verified(model, partial, whole, loader, inputs, packing))
             write_records(saved, partial, plan, result, model, loader, facts)
     return saved
-
-
-def saved_report(folder: str | Path, *, before: int | None = None, notes: tuple[str, ...] = ()) -> SavedReport:
-    """Count bytes and zeros in the files of a saved model. Raises ModelError if it has no weights."""
-    counts = [(zeros, math.prod(shape)) for zeros, shape in count_zeros(Path(folder)).values() if len(shape) > 1]
-    size = sum(file.stat().st_size for file in weight_files(Path(folder)))
-    zeros, values = sum(zeros for zeros, _ in counts), sum(values for _, values in counts)
-    return SavedReport(size, before, zeros, values, packed_report(Path(folder)), factored_report(Path(folder)), notes)
 
 
 def needed_bytes(model: nn.Module) -> int:
@@ -232,6 +188,7 @@ def write_records(
     factors: Mapping[str, object] | None = None,
 ) -> None:
     """layerwise.json, plan.yaml and the model card, beside the weights. factors: what it says of the layers in factors."""
+    result = None if result is None else saved.report.as_stored(result)
     facts: dict[str, Any] = {
         "class": type(model).__name__,
         "loader": f"{loader.library}.{loader.class_name}" if loader else "layerwise.io.load_into",

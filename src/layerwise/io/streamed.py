@@ -16,7 +16,8 @@ from .factored_write import AllFactors, factor_folder
 from .kv_cache import cache_words
 from .packed_write import choose, pack_folder
 from .places import loader_of
-from .save import BY_LAYERWISE, Saved, saved_report, write_records
+from .save import BY_LAYERWISE, Saved, write_records
+from .saved_report import saved_report
 from .stream import save_streamed
 from .targets import Target, check_schemes
 from .weights import weight_files
@@ -60,6 +61,8 @@ def save_whole_streamed(
         if every:
             entry, more = factor_folder(partial, every)
             notes, loader = (*notes, *more), BY_LAYERWISE if entry else loader
-        saved = Saved(whole, saved_report(partial, before=before, notes=notes), None, cache_words(plan))
+        wider = packing.widened(codes) if packing and codes else {}
+        report = saved_report(partial, before=before, notes=notes, widened=wider)
+        saved = Saved(whole, report, None, cache_words(plan))
         write_records(saved, partial, plan, result, model, loader, every.entry(entry) if entry else None)
     return saved

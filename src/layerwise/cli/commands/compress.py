@@ -304,6 +304,8 @@ def _show(job: _Job, result: "Result", saved: "Saved", search: "Search | KVSearc
         rows.add_row("pruned", f"{count}; the plan keeps {result.kept:,} in other layers" if result.kept else count)
     if result.codes:
         bits = f"{result.bits:.3f} bits per weight with scales and zeros, {result.nominal_bits:.3f} without"
+        if saved.report.widened and saved.report.packed:
+            bits += f" (stored in {saved.report.packed.bits:.3f}, see below)"
         rows.add_row("quantized", f"{len(result.codes)} layers to {bits}; the whole model {result.model_bits:.3f}")
     if result.factors:
         bits = f"{result.bits:.3f} bits per weight with positions and factors; the whole model {result.model_bits:.3f}"
@@ -322,7 +324,7 @@ def _show(job: _Job, result: "Result", saved: "Saved", search: "Search | KVSearc
             "output": str(saved.folder),
             "plan": job.plan.to_dict(),
             **tried_of(search),
-            "result": result.to_dict(),
+            "result": saved.report.as_stored(result.to_dict()),
             "saved": {
                 "bytes": saved.report.bytes,
                 "before": saved.report.before,
@@ -331,6 +333,7 @@ def _show(job: _Job, result: "Result", saved: "Saved", search: "Search | KVSearc
                 "packed": saved.report.packed.to_dict() if saved.report.packed else None,
                 "factored": saved.report.factored.to_dict() if saved.report.factored else None,
                 "notes": list(saved.report.notes),
+                "widened": dict(saved.report.widened),
                 "verified": saved.verified is not None,
             },
         }
