@@ -13,7 +13,11 @@ from layerwise.structure import structure_of
 from layerwise.tasks.batches import Batches
 from models import MODELS, TOKENS, VOCAB, inputs_for
 
-SETTINGS = {"adapt-pruner": {"step": 0.1, "amplitude": 0.05}, "llm-pruner": {"first_whole": 0.0, "last_whole": 0.0}}
+SETTINGS = {
+    "adapt-pruner": {"step": 0.1, "amplitude": 0.05},
+    "llm-pruner": {"first_whole": 0.0, "last_whole": 0.0},
+    "flap": {},
+}
 NOTE = "4 left whole: no batch comes to 2 of 2 blocks of model.vision_tower.encoder.layers."
 
 
@@ -32,7 +36,7 @@ def test_text_alone_leaves_the_vision_tower_of_a_llava_whole(name):
     assert NOTE in plan.notes
     assert plan.layers
     assert all(name.startswith("model.language_model") for name in plan.layers)
-    assert apply(model, plan).after <= int(0.9 * total)
+    assert apply(model, plan, words()).after <= int(0.9 * total)
     assert [one.shape for one in model.model.vision_tower.parameters()] == vision
 
 

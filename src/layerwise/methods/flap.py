@@ -63,6 +63,7 @@ class FLAP:
             raise DataError(
                 "FLAP(reference=True) counts from the second sequence on, and there is one. Give more samples."
             )
+        widths.leave_unreached(model, batches)
         seen = (running if self.reference else moments)(model, batches, widths.groups)
         found = fluctuations(model, widths.groups, seen, self.score, square_heads=self.square_heads)
         scores = {name: standard(one) for name, one in found.items()}
