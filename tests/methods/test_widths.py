@@ -15,7 +15,7 @@ from layerwise.methods import METHODS, AdaptPruner, method_from
 from layerwise.methods.flap import above_threshold, code_cost, standard, strictly_above
 from layerwise.methods.widths import Widths
 from layerwise.plan import Plan
-from layerwise.shrink import apply
+from layerwise.shrink import apply, kept_by, uniform_widths
 from layerwise.structure import coupled_groups, numbers_of, structure_of
 from layerwise.tasks.batches import Batches
 from models import MODELS, inputs_for, small_llama
@@ -306,5 +306,17 @@ def test_meet_never_exceeds_and_leaves_no_room_for_a_unit(groups, share):
             assert left + one.cost * one.multiple > target
 
 
-def test_ties_keep_the_lower_index():
-    assert lowest_first([1.0, 2.0, 1.0, 1.0], 2) == [0, 1]
+def test_of_equal_scores_the_lower_index_goes_first():
+    """As a stable argsort takes them (Adapt-Pruner, D5), in every step from scores to units."""
+    assert lowest_first([1.0, 2.0, 1.0, 1.0], 2) == [1, 3]
+    assert lowest_first([1.0, 2.0, 1.0, 1.0], 0) == []
+    model = MODELS["llama"]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.1)
+    told = {f"model.layers.{index}.mlp": {"resize": {"channels": 40}} for index in range(2)}
+    without = Plan.model_validate({"layers": told})  # of which those of the largest weights stay
+    plans = (made("magnitude-width", 0.8).plan(model), uniform_widths(model, without, multiple_of=1))
+    kept = [one.resize.chosen(64) for plan in plans for one in plan.layers.values() if one.resize.channels]
+    kept.append(kept_by(model, without, coupled_groups(model))["model.layers.0.mlp"])
+    assert all(units and units == [*range(64 - len(units), 64)] for units in kept)

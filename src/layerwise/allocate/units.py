@@ -91,6 +91,6 @@ def fill(
 
 
 def lowest_first(scores: Sequence[float], kept: int) -> list[int]:
-    """The units that stay when the lowest go first, in order; of equal scores the lower index stays."""
-    order = sorted(range(len(scores)), key=lambda unit: (-scores[unit], unit))
-    return sorted(order[:kept])
+    """The units that stay when the lowest go first, in order; of equal scores the lower index goes, as in a stable argsort."""
+    order = sorted(range(len(scores)), key=scores.__getitem__)
+    return sorted(order[len(scores) - kept :])

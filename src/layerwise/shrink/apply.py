@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..allocate.units import lowest_first
 from ..errors import DataError, PlanError
 from ..passes import check_whole
 from ..plan import Plan
@@ -105,5 +106,4 @@ def kept_by(model: nn.Module, plan: Plan, coupling: Coupling, *, multiples: bool
 
 
 def _largest(model: nn.Module, group: Group, units: int) -> list[int]:
-    scores = magnitudes(model, [group])[group.name]
-    return sorted(scores.argsort(descending=True, stable=True)[:units].tolist())
+    return lowest_first(magnitudes(model, [group])[group.name].tolist(), units)

@@ -84,12 +84,12 @@ def _widths(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, int], 
 
 
 def _chosen(model: nn.Module, group: Group, kept: Sequence[int], units: int) -> list[int]:
-    """Kept ones before removed ones, in each the largest weights first."""
+    """Kept ones before removed ones, in each the largest weights first (of equal ones the higher index, as `lowest_first`)."""
     if units == group.units:
         return [*range(units)]
     scores, stays = magnitudes(model, [group])[group.name].tolist(), {*kept}
-    order = sorted(range(group.units), key=lambda unit: (unit not in stays, -scores[unit], unit))
-    return sorted(order[:units])
+    order = sorted(range(group.units), key=lambda unit: (unit in stays, scores[unit], unit))
+    return sorted(order[group.units - units :])
 
 
 def _entry(plan: Plan, group: Group, units: Sequence[int]) -> Treatments:
