@@ -51,8 +51,9 @@ def test_the_model_is_really_smaller(here, same_process, capsys, words):
     assert all(torch.equal(a, b) for a, b in zip(load("again").parameters(), load("out").parameters(), strict=True))
 
 
-def test_one_width_for_all_blocks_is_a_stock_folder(here, same_process, capsys):
-    words = ["--method", "llm-pruner", *DRAW, "--parameters", "0.8", "--uniform-width", "--multiple-of", "8"]
+@pytest.mark.parametrize("method", ["llm-pruner", "flap"])
+def test_one_width_for_all_blocks_is_a_stock_folder(here, same_process, capsys, method):
+    words = ["--method", method, *DRAW, "--parameters", "0.8", "--uniform-width", "--multiple-of", "8"]
     assert main(["compress", "model", *words, "-o", "out"]) == 0
     assert "Loads with transformers" in capsys.readouterr().out
     config = json.loads((here / "out/config.json").read_text())

@@ -1,5 +1,7 @@
 """One width for all blocks: never more parameters, the budget used as far as steps allow, and a stock folder in the end."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -50,6 +52,45 @@ def test_what_heads_leave_goes_to_channels():
     assert 3 * head // (4 * 96) == 12
     assert entries["model.layers.2.mlp"].channels == 44
     assert ": 0 parameters fewer" in plan.notes[-1]
+
+
+@pytest.mark.parametrize("compensate", [False, True])
+def test_biases_that_come_count(compensate):
+    """A head frees (32 + 8 + 8 + 32) x 32 numbers and 48 biases, less for its size than the channels that it pays for, 96 and 2: three
+    of them are 20 channels in each of four blocks, with biases 19."""
+    model = four(num_attention_heads=8, head_dim=8)
+    entries = {"model.layers.0.self_attn": Resize(heads=4, kv_heads=1)}
+    plan = Plan.model_validate(
+        {
+            "method": {"name": "flap", "compensate": compensate},
+            "layers": {**entries, **{f"model.layers.{index}.mlp": Resize(channels=32) for index in range(4)}},
+        }
+    )
+    got = uniform_widths(model, plan, multiple_of=1)
+    assert {*channels(got).values()} - {None} == {51 if compensate else 52}
+    data = [{"input_ids": torch.arange(8)[None]}]
+    before, after = (apply(copy.deepcopy(model), one, data).after for one in (plan, got))
+    fewer = 3 * (2560 + 48) - 4 * 19 * 98 if compensate else 0
+    assert before - after == fewer
+    assert f": {fewer:,} parameters fewer" in got.notes[-1]
+
+
+def test_biases_that_no_longer_come_are_said():
+    """One channel goes, and comes back with what three heads leave: of no MLP a channel is cut, and none gets biases."""
+    model, data = four(num_attention_heads=8, head_dim=8), [{"input_ids": torch.arange(8)[None]}]
+    plan = Plan.model_validate(
+        {
+            "method": {"name": "flap", "compensate": True},
+            "layers": {
+                "model.layers.0.self_attn": Resize(heads=4, kv_heads=1),
+                "model.layers.0.mlp": Resize(channels=63),
+            },
+        }
+    )
+    got = uniform_widths(model, plan, multiple_of=1)
+    assert {*channels(got).values()} == {None}
+    before, after = (apply(copy.deepcopy(model), one, data).after for one in (plan, got))
+    assert f": {before - after:,} parameters fewer" in got.notes[-1]
 
 
 def test_units_that_the_plan_keeps_stay_first():

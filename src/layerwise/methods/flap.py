@@ -20,9 +20,8 @@ from ..allocate.units import check_target, fill, parameters_of
 from ..errors import ConfigError, DataError
 from ..plan import Plan
 from ..scores.fluctuation import KINDS, fluctuations, moments, running
-from ..shrink.biases import kinds_to_give, linears_to_give
+from ..shrink.biases import biases_to_come
 from ..structure import Group, Structure, coupled_groups
-from ..structure.coupled import GroupKind
 from ..tasks.batches import Batches, count_samples
 from .base import needed
 from .widths import Widths, check_share, lowest_go, widths_plan
@@ -91,30 +90,18 @@ class FLAP:
         """The same with the biases counted that applying a plan which cuts these groups gives."""
         if not self.compensate or self.budget not in ("parameters", "bytes"):
             return widths
-        counted, coupling = copy.copy(widths), coupled_groups(model)
-        for kind in kinds_to_give(model, cut, coupling):
-            _count_biases(model, counted, kind, linears_to_give(model, kind, coupling))
+        counted = copy.copy(widths)
+        given = biases_to_come(model, cut, coupled_groups(model), in_bytes=self.budget == "bytes")
+        counted.total += sum(one.whole for one in given.values())
+        counted.sized = {
+            name: replace(one, cost=one.cost + given[name].unit) if name in given else one
+            for name, one in widths.sized.items()
+        }
         return counted
 
 
 def _cut(widths: Widths, counts: Mapping[str, int]) -> tuple[Group, ...]:
     return tuple(group for group in widths.groups if counts[group.name] < group.units)
-
-
-def _count_biases(model: nn.Module, widths: Widths, kind: GroupKind, linears: Iterable[str]) -> None:
-    """Add a bias for each of these linears to the total and to what the units of its group cost."""
-    sizes = {f"{name}.weight": 1 for name in linears}
-    if widths.budget == "bytes":
-        sizes = {name: model.get_parameter(name).element_size() for name in sizes}
-    widths.total += sum(size * model.get_parameter(name).shape[0] for name, size in sizes.items())
-    more = {
-        group.name: sum(
-            part.index.shape[1] * sizes.get(part.parameter, 0) for part in group.parts if part.side == "out"
-        )
-        for group in widths.groups
-        if group.kind == kind
-    }
-    widths.sized = {name: replace(one, cost=one.cost + more.get(name, 0)) for name, one in widths.sized.items()}
 
 
 def standard(scores: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ nothing was removed); where it cannot (or means other linears by it, as GLM's do
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ _FLAGS = {"heads": "attention_bias", "channels": "mlp_bias"}
 def compensate(model: nn.Module, keep: Keep, coupling: Coupling, data: Sequence[Batch]) -> list[str]:
     """Biases in the place of what will go, before it goes. Returns what could not be compensated, in a sentence."""
     groups = [coupling[name] for name in keep if len(keep[name]) < coupling[name].units]
-    given = kinds_to_give(model, groups, coupling)
+    given = _kinds_to_give(model, groups, coupling)
     wanted = [group for group in groups if _has_bias(model, group) or group.kind in given]
     seen = moments(model, data, wanted)
     for kind in given:
@@ -45,13 +46,40 @@ def compensate(model: nn.Module, keep: Keep, coupling: Coupling, data: Sequence[
     )
 
 
-def kinds_to_give(model: nn.Module, cut: Iterable[Group], coupling: Coupling) -> list[GroupKind]:
-    """Kinds whose linears (`linears_to_give`) all get a bias when the groups of `cut` are."""
+@dataclass(frozen=True)
+class Given:
+    """What biases to come add to a group that is whole, and how much of that goes with each of its units."""
+
+    whole: int
+    unit: int
+
+
+def biases_to_come(
+    model: nn.Module, cut: Iterable[Group], coupling: Coupling, *, in_bytes: bool = False
+) -> dict[str, Given]:
+    """Group -> numbers (or bytes) of the biases that `compensate` gives it when the groups of `cut` are cut; those that get none are
+    not in it."""
+    kinds = _kinds_to_give(model, cut, coupling)
+    new = {name for kind in kinds for name in _linears_to_give(model, kind, coupling)}
+    found = {}
+    for group in (one for one in coupling.groups if one.kind in kinds):
+        parts = [part for part in group.parts if part.parameter.removesuffix(".weight") in new]
+        sizes = {
+            part.parameter: model.get_parameter(part.parameter).element_size() if in_bytes else 1 for part in parts
+        }
+        whole = sum(size * len(model.get_parameter(name)) for name, size in sizes.items())
+        unit = sum(part.index.shape[1] * sizes[part.parameter] for part in parts if part.side == "out")
+        found[group.name] = Given(whole, unit)
+    return found
+
+
+def _kinds_to_give(model: nn.Module, cut: Iterable[Group], coupling: Coupling) -> list[GroupKind]:
+    """Kinds whose linears (`_linears_to_give`) all get a bias when the groups of `cut` are."""
     kinds = sorted({group.kind for group in cut if not _has_bias(model, group)})
     return [kind for kind in kinds if _may_have(model, kind, coupling)]
 
 
-def linears_to_give(model: nn.Module, kind: GroupKind, coupling: Coupling) -> list[str]:
+def _linears_to_give(model: nn.Module, kind: GroupKind, coupling: Coupling) -> list[str]:
     """The linears without a bias of all attentions or MLPs."""
     parts = [part for group in coupling.groups if group.kind == kind for part in group.parts]
     names = dict.fromkeys(part.parameter.rpartition(".")[0] for part in parts)
@@ -83,14 +111,14 @@ def _may_have(model: nn.Module, kind: GroupKind, coupling: Coupling) -> bool:
     config = copy.deepcopy(model.config)
     setattr(config, _FLAGS[kind], True)
     with_them = {name for name, _ in built(stock_class(model), config).named_parameters()}
-    given = {f"{name}.bias" for name in linears_to_give(model, kind, coupling)}
+    given = {f"{name}.bias" for name in _linears_to_give(model, kind, coupling)}
     return with_them == {name for name, _ in model.named_parameters()} | given
 
 
 def _give_biases(model: nn.Module, kind: GroupKind, coupling: Coupling) -> None:
     """Zeros for every linear of all attentions or MLPs, and the config says so."""
     setattr(model.config, _FLAGS[kind], True)
-    for name in linears_to_give(model, kind, coupling):
+    for name in _linears_to_give(model, kind, coupling):
         module: Any = model.get_submodule(name)
         module.bias = nn.Parameter(
             torch.zeros(module.out_features, dtype=module.weight.dtype, device=module.weight.device)

@@ -1,7 +1,8 @@
 """One width for all blocks, from a plan that gives each its own: for engines that take no other.
 
-Never more parameters than the plan keeps. Heads are rounded down first, since they come one by one; what that frees goes to the
-channels, in steps of `multiple_of`. Such a plan loses what its method won by telling blocks apart, but is saved as a stock folder.
+Never more parameters than the plan keeps, on both sides with the biases that it puts in the place of means. Heads are rounded down first,
+since they come one by one; what that frees goes to the channels, in steps of `multiple_of`. Such a plan loses what its method won by
+telling blocks apart, but is saved as a stock folder.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,10 @@ from torch import nn
 from ..errors import BudgetError, ConfigError
 from ..plan import Plan, Resize, Treatments
 from ..scores.units import magnitudes
-from ..structure import Group, coupled_groups, numbers_of, structure_of
+from ..structure import Coupling, Group, coupled_groups, numbers_of, structure_of
 from ..treatments import kept_text
 from .apply import kept_by
+from .biases import Given, biases_to_come
 
 
 def uniform_widths(model: nn.Module, plan: Plan | Mapping[str, int], *, multiple_of: int = 64) -> Plan:
@@ -35,7 +37,9 @@ def uniform_widths(model: nn.Module, plan: Plan | Mapping[str, int], *, multiple
     dropped = {name for name, entry in plan.layers.items() if entry.drop}
     groups = [group for group in coupling.groups if group.block not in dropped]
     kept = {group.name: keep.get(group.name, range(group.units)) for group in groups}
-    widths = _widths(model, groups, {name: len(units) for name, units in kept.items()}, multiple_of)
+    planned = {name: len(units) for name, units in kept.items()}
+    costs, before = _counted(model, plan, coupling, groups, planned)
+    widths = _widths(model, groups, costs, planned, multiple_of)
     chosen = {group.name: _chosen(model, group, kept[group.name], widths[group.name]) for group in groups}
     layers = {name: entry for name, entry in plan.layers.items() if entry.resize is None}
     for group in groups:
@@ -46,7 +50,8 @@ def uniform_widths(model: nn.Module, plan: Plan | Mapping[str, int], *, multiple
             rest = entry.model_copy(update={"resize": None})
             if any(getattr(rest, field) is not None for field in type(rest).model_fields):
                 layers[name] = rest
-    note = _note(model, groups, kept, chosen, widths)
+    after = _counted(model, plan, coupling, groups, widths)[1]
+    note = _note(groups, kept, chosen, before - after)
     return plan.model_copy(update={"layers": layers, "notes": (*plan.notes, note)})
 
 
@@ -57,7 +62,21 @@ def _resize(group: Group | None, units: int) -> Resize:
     return Resize(channels=units)
 
 
-def _widths(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, int], multiple_of: int) -> dict[str, int]:
+def _counted(
+    model: nn.Module, plan: Plan, coupling: Coupling, groups: Sequence[Group], counts: Mapping[str, int]
+) -> tuple[dict[str, int], int]:
+    """Group -> parameters of a unit, and those of all groups at these counts, up to what no count changes; biases that applying such a
+    plan gives are among them."""
+    cut = [group for group in groups if counts[group.name] < group.units]
+    given = biases_to_come(model, cut, coupling) if plan.method.get("compensate") else {}
+    more = {group.name: given.get(group.name, Given(0, 0)) for group in groups}
+    costs = {group.name: numbers_of(model, group) + more[group.name].unit for group in groups}
+    return costs, sum(more[one.name].whole - costs[one.name] * (one.units - counts[one.name]) for one in groups)
+
+
+def _widths(
+    model: nn.Module, groups: Sequence[Group], costs: Mapping[str, int], kept: Mapping[str, int], multiple_of: int
+) -> dict[str, int]:
     """Group -> units, the same for those that lie in one place of their blocks."""
     stacks = {block.name: stack.name for stack in structure_of(model).stacks for block in stack.blocks}
     alike: dict[tuple[str, str, str, int], list[Group]] = {}
@@ -67,8 +86,8 @@ def _widths(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, int], 
     found: dict[str, int] = {}
     room = 0  # parameters that rounding down has freed
     for (kind, *_), members in sorted(alike.items(), key=lambda one: one[0][0] != "heads"):  # stable: heads first
-        dense, cost = members[0].units, sum(numbers_of(model, group) for group in members)
-        planned = sum(numbers_of(model, group) * kept[group.name] for group in members)
+        dense, cost = members[0].units, sum(costs[group.name] for group in members)
+        planned = sum(costs[group.name] * kept[group.name] for group in members)
         units = min(dense, (planned + room) // cost)
         if kind == "channels" and units < dense:
             step = lcm(multiple_of, *(group.multiple for group in members))
@@ -105,22 +124,16 @@ def _entry(plan: Plan, group: Group, units: Sequence[int]) -> Treatments:
 
 
 def _note(
-    model: nn.Module,
-    groups: Sequence[Group],
-    kept: Mapping[str, Sequence[int]],
-    chosen: Mapping[str, Sequence[int]],
-    widths: Mapping[str, int],
+    groups: Sequence[Group], kept: Mapping[str, Sequence[int]], chosen: Mapping[str, Sequence[int]], fewer: int
 ) -> str:
     """What one width costs, in parameters and units."""
-    before = sum(numbers_of(model, group) * len(kept[group.name]) for group in groups)
-    after = sum(numbers_of(model, group) * widths[group.name] for group in groups)
     gone = sum(len({*kept[name]} - {*units}) for name, units in chosen.items())
     back = sum(len({*units} - {*kept[name]}) for name, units in chosen.items())
     each = dict.fromkeys(
-        f"{widths[group.name]} of {group.units} {'key/value heads' if group.kind == 'heads' else group.kind}"
+        f"{len(chosen[group.name])} of {group.units} {'key/value heads' if group.kind == 'heads' else group.kind}"
         for group in groups
     )
     return (
-        f"One width for all blocks ({', '.join(each)}): {before - after:,} parameters fewer than with widths of each block; {gone:,} units"
+        f"One width for all blocks ({', '.join(each)}): {fewer:,} parameters fewer than with widths of each block; {gone:,} units"
         f" that were kept go, {back:,} that were removed stay."
     )
