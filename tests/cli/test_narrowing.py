@@ -1,5 +1,6 @@
 """`layerwise compress` where heads, channels and blocks are cut: what it writes, says, and refuses."""
 
+import inspect
 import json
 
 import pytest
@@ -9,12 +10,17 @@ from safetensors.torch import load_file
 from layerwise.cli import main
 from layerwise.io import load
 from layerwise.plan import Plan
+from layerwise.scores import unit_costs
 
 DRAW = "--data text.txt --samples 4 --length 32".split()
 
 
 def parameters(folder):
     return sum(one.numel() for one in load(folder).parameters())
+
+
+def multiply_adds(model):
+    return sum(one.weight.numel() for one in model.modules() if isinstance(one, torch.nn.Linear))
 
 
 @pytest.mark.parametrize(
@@ -49,6 +55,41 @@ def test_the_model_is_really_smaller(here, same_process, capsys, words):
     )
     assert plan.layers == Plan.load(here / "again/plan.yaml").layers
     assert all(torch.equal(a, b) for a, b in zip(load("again").parameters(), load("out").parameters(), strict=True))
+
+
+@pytest.mark.parametrize("words", [["magnitude-width"], ["llm-pruner", *DRAW]], ids=lambda words: words[0])
+def test_multiply_adds_are_met(here, same_process, capsys, words):
+    assert main(["compress", "model", "--method", *words, "--macs", "0.8", "-o", "out"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    before, after = (multiply_adds(load(folder)) for folder in ("model", "out"))
+    assert f"{after:,} of {before:,} multiply-adds a token stay ({after / before:.2%})" in said
+    assert 0.8 * before - 32 * 3 < after <= 0.8 * before  # less than a channel
+    assert Plan.load(here / "out/plan.yaml").budget.flops == 2 * int(0.8 * before)
+
+
+@pytest.mark.parametrize("words", [["magnitude-width"], ["llm-pruner", *DRAW]], ids=lambda words: words[0])
+def test_a_time_is_met_and_measured_again(here, same_process, capsys, monkeypatch, words):
+    """On a clock that ticks once for each weight that a token meets, and is 5 % slow once the model is cut."""
+    dense = multiply_adds(load("model"))
+
+    def ticks(run):
+        held = inspect.getclosurevars(run).nonlocals
+        if "matrix" in held:
+            return held["matrix"].numel() * 1e-6
+        found = multiply_adds(held["model"])
+        return found * 1e-6 if found == dense else found * 1.05e-6
+
+    monkeypatch.setattr(unit_costs, "_median", ticks)
+    assert main(["compress", "model", "--method", *words, "--latency", "0.8", "--set", "rows=4", "-o", "out"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    after = multiply_adds(load("out"))
+    assert 0.8 * dense - 32 * 3 < after <= 0.8 * dense
+    assert f"{after / 1000:.3f} of {dense / 1000:.3f} ms stay ({after / dense:.2%})" in said
+    share = 1.05 * after / dense
+    assert (
+        f"a forward pass of 4 token(s) takes {1.05 * after / 1000:.2f} ms, {dense / 1000:.2f} before: {share:.1%}, 80.0% was asked for"
+        f" ({share - 0.8:+.1%})" in said
+    )
 
 
 @pytest.mark.parametrize("method", ["llm-pruner", "flap"])
