@@ -30,6 +30,17 @@ def test_water_filling_worked_by_hand():
     got = flow_densities([{"a": 100, "b": 1000, "c": 4000}], [1500])
     assert got == pytest.approx({"a": 1, "b": 0.7, "c": 0.175}, abs=1e-12)
     assert sum(map(math.log, got.values())) == pytest.approx(-2.099644, abs=1e-6)
+    sizes = np.array([100.0, 1000, 4000])
+    found = minimize(
+        lambda p: -np.log(p).sum(),
+        np.full(3, 0.2),
+        jac=lambda p: -1 / p,
+        bounds=[(1e-9, 1)] * 3,
+        constraints={"type": "ineq", "fun": lambda p: 1 - sizes @ p / 1500, "jac": lambda _: -sizes / 1500},
+        method="SLSQP",
+        options={"ftol": 1e-14},
+    )
+    assert found.x == pytest.approx([*got.values()], abs=1e-6)
 
 
 def test_resnet20_worked_by_hand():
@@ -44,6 +55,7 @@ def test_resnet20_worked_by_hand():
     tenth = flow_densities([sizes], [27_089.6])
     assert tenth["stem"] == tenth["fc"] == tenth["1.projection"] == 1
     assert [round(tenth[f"{stage}.1"], 5) for stage in range(3)] == [0.58264, 0.14566, 0.03641]
+    assert sizes["2.1"] * tenth["2.1"] == pytest.approx(1342.4, abs=0.05)
     assert sum(map(math.log, tenth.values())) == pytest.approx(-33.71279, abs=1e-5)
 
 
@@ -80,7 +92,8 @@ def test_without_caps_small_layers_grow():
     positions = dict(zip(weights, (1024, 1024, 1024, 256, 256, 256, 1)))
     work = {name: one * positions[name] for name, one in weights.items()}
     got = flow_densities([weights, work], [19_696, 8_831_296], cap=None)
-    assert (got["stem"], got["fc"], got["b2c2"]) == pytest.approx((4.80, 12.16, 0.3465), abs=5e-3)
+    assert (got["stem"], got["fc"]) == pytest.approx((4.80, 12.16), abs=5e-3)
+    assert got["b2c2"] == pytest.approx(0.3465, abs=5e-5)
     assert flow_densities([weights, work], [19_696, 8_831_296]) == dict.fromkeys(weights, 1.0)
 
 
@@ -99,6 +112,9 @@ def test_flow_of_random_masks():
             signal = (weight * mask) @ signal
         return float(signal.sum((1, 2)).mean())
 
+    filters = [
+        (torch.rand(draws, one.shape[1], 1, generator=generator) < p).float() for one, p in zip(weights, densities)
+    ]
     independent = [(torch.rand(one.shape, generator=generator) < p).float() for one, p in zip(weights, densities)]
     channels = [(torch.rand(draws, width, generator=generator) < 0.5).float() for width in widths[1:3]]
     shared = [channels[0][:, :, None], channels[1][:, :, None] * channels[0][:, None], channels[1][:, None]]
@@ -110,9 +126,11 @@ def test_flow_of_random_masks():
     )  # fmt: skip
     lost = math.exp(program.flow(np.array([16.0, 16.0])) - program.flow(np.array([32.0, 32.0])))
     assert lost == pytest.approx(math.prod(densities))
-    assert dense * lost == pytest.approx(45.97, abs=0.01)
-    assert flow(independent) == pytest.approx(dense * lost, rel=0.02)
-    assert flow(shared) == pytest.approx(183.9, rel=0.02)
+    assert dense * lost == pytest.approx(45.97, abs=5e-3)
+    # four standard errors of so many draws
+    assert flow(independent) == pytest.approx(dense * lost, abs=4 * 0.10)
+    assert flow(filters) == pytest.approx(dense * lost, abs=4 * 0.34)
+    assert flow(shared) == pytest.approx(183.9, abs=4 * 0.79)
 
 
 def test_what_cannot_be_solved():

@@ -267,9 +267,12 @@ def test_shortgpt_keeps_blocks_that_others_need(monkeypatch):
 
 
 def test_adapt_pruner_leaves_a_model_below_its_target_alone():
-    model = MODELS["llama"]()
+    """Adapt-Pruner, check 8: to the bit."""
+    model, dense = MODELS["llama"](), MODELS["llama"]()
     plan = AdaptPruner(parameters=1.0).plan(model, data_for("llama", model))
     assert plan.layers == {}
+    apply(model, plan)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
 
 
 def test_the_reference_takes_whole_steps():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from layerwise.errors import ScoreError
 from layerwise.scores.gradients import gradients
-from layerwise.scores.units import magnitudes, sums, unit_scores, unit_taylor
+from layerwise.scores.units import _folded, magnitudes, sums, unit_scores, unit_taylor
 from layerwise.structure import Part, coupled_groups, structure_of
 from models import DECODER, MODELS, inputs_for, small_llama
 
@@ -29,20 +29,20 @@ def text(model, count=2):
 def test_signed_sums_agree_where_what_is_written_is_read():
     """Check 5: in float64, rows of up against columns of down, of v against o, of q against k. They fail for heads taken by modulo."""
     model, structure, groups = grouped()
-    model = model.double()
-    found = gradients(model, text(model), structure)
-    parameters = {layer.parameter: found[layer.name] for layer in structure}
+    model, batch = model.double(), text(model, 1)[0]
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    found = gradients(model, [batch], structure)  # the same, rounded to float32
+    for layer in structure:
+        torch.testing.assert_close(found[layer.name], model.get_parameter(layer.parameter).grad.float())
 
     def signed(group, role, modulo=False):
-        from layerwise.scores.units import _folded
-
         one = next(member for member in group.parts if f".{role}_proj." in member.parameter)
-        values = model.get_parameter(one.parameter).detach() * parameters[one.parameter].double()
-        return sums(values, _folded(one, group) if modulo else one)
+        weight = model.get_parameter(one.parameter)
+        return sums(weight.detach() * weight.grad, _folded(one, group) if modulo else one)
 
     heads = next(group for group in groups if group.kind == "heads")
     channels = next(group for group in groups if group.kind == "channels")
-    close = {"rtol": 1e-4, "atol": 1e-9}
+    close = {"rtol": 1e-10, "atol": 1e-15}
     torch.testing.assert_close(signed(channels, "up"), signed(channels, "down"), **close)
     torch.testing.assert_close(signed(heads, "v"), signed(heads, "o"), **close)
     torch.testing.assert_close(signed(heads, "q"), signed(heads, "k"), **close)
@@ -112,11 +112,22 @@ def test_more_batches_alike_change_no_order_and_half_precision_does_not_underflo
     model, structure, groups = grouped()
     one, four = (unit_taylor(model, text(model, 1) * count, groups, structure) for count in (1, 4))
     for name in one:
-        torch.testing.assert_close(four[name], 4 * one[name], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(four[name], 4 * one[name], rtol=1e-6, atol=0)
     low = unit_taylor(model.bfloat16(), text(model, 1), groups, structure)
     for name in one:
         assert (low[name] > 0).all()
         torch.testing.assert_close(low[name], one[name], rtol=0.3, atol=1e-3)
+
+
+def permuted(model, group, seed):
+    """The order in which the units of a group now lie."""
+    order = torch.randperm(group.units, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for one in group.parts:
+            parameter = model.get_parameter(one.parameter)
+            moved = parameter.index_select(one.dim, one.index[order].flatten())
+            parameter.index_copy_(one.dim, one.index.flatten(), moved)
+    return order
 
 
 @given(st.integers(0, 1000))
@@ -124,12 +135,19 @@ def test_permuting_channels_permutes_scores(seed):
     model, _, groups = grouped()
     channels = next(group for group in groups if group.kind == "channels")
     before = magnitudes(model, [channels])[channels.name]
-    order = torch.randperm(channels.units, generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        for one in channels.parts:
-            parameter = model.get_parameter(one.parameter)
-            parameter.copy_(parameter.index_select(one.dim, order))
+    order = permuted(model, channels, seed)
     torch.testing.assert_close(magnitudes(model, [channels])[channels.name], before[order])
+
+
+def test_permuting_heads_and_channels_permutes_taylor_scores():
+    """Check 8: the function is the same, so its gradients go along; query heads with the key head that they read."""
+    model, structure, groups = grouped()
+    before = unit_taylor(model, text(model), groups, structure)
+    orders = {group.name: permuted(model, group, 1) for group in groups}
+    assert any(order.tolist() == [1, 0] for order in orders.values())
+    after = unit_taylor(model, text(model), groups, structure)
+    for name, order in orders.items():
+        torch.testing.assert_close(after[name], before[name][order], rtol=1e-4, atol=1e-9)
 
 
 def test_fused_experts_are_scored_over_all_experts():

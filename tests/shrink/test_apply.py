@@ -13,6 +13,7 @@ from layerwise.scores.units import magnitudes
 from layerwise.shrink import apply, shrink
 from layerwise.structure import coupled_groups
 from layerwise.tasks.batches import Batches
+from layerwise.treatments import kept_text
 from models import DECODER, MODELS, inputs_for
 
 MLP, ATTENTION = "model.layers.0.mlp", "model.layers.0.self_attn"
@@ -44,7 +45,7 @@ def test_without_names_those_of_the_largest_weights_stay():
 
 def test_a_channel_that_never_changes_goes_at_no_cost(tmp_path):
     """Its mean through the weights that read it becomes a bias, which Llama's config can say."""
-    model = MODELS["llama"]().eval()
+    model = MODELS["llama"]().eval().double()
     batches = data(model)
     constant = copy.deepcopy(model)
     with torch.no_grad():
@@ -62,10 +63,34 @@ def test_a_channel_that_never_changes_goes_at_no_cost(tmp_path):
     assert model.config.mlp_bias is True
     for batch in batches:
         with torch.no_grad():
-            torch.testing.assert_close(model(**batch).logits, constant(**batch).logits, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(model(**batch).logits, constant(**batch).logits, rtol=0, atol=1e-6)
     save(model, tmp_path / "out", verify=False)
     again = load(tmp_path / "out")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def test_heads_and_channels_that_are_constant_go_at_no_cost():
+    """FLAP, check 4, with constants that are not zero, in float64."""
+    model = MODELS["opt"]().eval().double()
+    layer, batches = model.model.decoder.layers[0], data(model, "opt")
+    rows = slice(8, 16)  # of the second head
+    with torch.no_grad():
+        for linear, gone, value in ((layer.self_attn.v_proj, rows, 0.3), (layer.fc1, 7, 0.5)):
+            linear.weight[gone], linear.bias[gone] = 0, value
+    constant, plain = copy.deepcopy(model), copy.deepcopy(model)
+    groups = {group.kind: group for group in coupled_groups(model).groups if ".0" in group.name}
+    heads, channels = groups["heads"], groups["channels"]
+    layers = {
+        heads.name: Resize(heads=3, kv_heads=3, kept=kept_text(unit != 1 for unit in range(4))),
+        channels.name: Resize(channels=channels.units - 1, kept=kept_text(unit != 7 for unit in range(channels.units))),
+    }
+    apply(model, Plan(layers=layers, method={"compensate": True}), batches)
+    apply(plain, Plan(layers=layers))
+    for batch in batches:
+        with torch.no_grad():
+            wanted = constant(**batch).logits
+            torch.testing.assert_close(model(**batch).logits, wanted, rtol=0, atol=1e-6)
+            assert not torch.allclose(plain(**batch).logits, wanted, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "qwen2"])
