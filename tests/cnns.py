@@ -196,6 +196,21 @@ class Multiplied(nn.Module):
         return self.fc(F.relu(self.last(F.relu(self.bn(self.depth(self.stem(x)))))).mean((2, 3)))
 
 
+class UNet(nn.Module):
+    """Down and up again, the way up beside what was on the way down; images in, maps out."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.down = nn.Conv2d(3, 6, 3, 1, 1), nn.Conv2d(6, 10, 3, 2, 1)
+        self.up, self.bn = nn.ConvTranspose2d(10, 5, 3, 2, 1, output_padding=1), nn.BatchNorm2d(5)
+        self.last = nn.ConvTranspose2d(11, 2, 2, bias=False)
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        up = F.relu(self.bn(self.up(F.relu(self.down(x)))))
+        return self.last(torch.cat([x, up], 1))
+
+
 def filled(model, seed=0):
     """The model in evaluation mode with norms that do something."""
     draw = torch.Generator().manual_seed(seed)
@@ -226,5 +241,6 @@ CNNS = {
     "slices": lambda: Halves("slices"),
     "computed-slices": lambda: Halves("computed"),
     "multiplied": Multiplied,
+    "unet": UNet,
 }
 IMAGE = (3, 8, 8)

@@ -25,7 +25,7 @@ def cropped(name="toy", method=None):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["toy-norms", "option-a", "linear-excite", "densenet", "shuffle", "flat"])
+@pytest.mark.parametrize("name", ["toy-norms", "option-a", "linear-excite", "densenet", "shuffle", "flat", "unet"])
 def test_saved_and_loaded_it_gives_the_same(name, tmp_path):
     model, plan = cropped(name)
     folder = save_cropped(model, tmp_path / "out", plan)

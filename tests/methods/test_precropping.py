@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cnns import CNNS, IMAGE, Toy
+from cnns import CNNS, IMAGE, Toy, UNet
 from layerwise.errors import BudgetError, ConfigError, DataError, ModelError
 from layerwise.methods import METHODS, PreConfig, PreCrop
 from layerwise.plan import Plan
@@ -83,6 +83,12 @@ def test_scorers_give_densities_that_groups_share(source):
     assert 0.45 * 19_696 < kept <= 9848
     assert plan.to_yaml() == method.plan(model, data()).to_yaml()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("source", ["synflow", "erk"])
+def test_scorers_leave_transposed_convolutions_out(source):
+    with pytest.raises(ModelError, match=rf'source="{source}" gives no density to "last".* Give source="synexp"'):
+        PreCrop(macs=None, source=source, image_size="3x8x8").plan(UNet())
 
 
 def test_synflow_needs_no_data_snip_does():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from cnns import CNNS, IMAGE, DenseNet, Halves, MobileNet, OptionA, Shuffle, SqueezeExcite, Toy
+from cnns import CNNS, IMAGE, DenseNet, Halves, MobileNet, OptionA, Shuffle, SqueezeExcite, Toy, UNet
 from layerwise.errors import ModelError
 from layerwise.shrink import shrink_channels, zero_channels
 from layerwise.structure import cnn_channels
@@ -92,6 +92,18 @@ def test_depthwise_with_a_multiplier_writes_two_for_each():
     assert layer(cnn_channels(CNNS["multiplied"](), IMAGE), "last").inputs == (Run("stem", 6, 2),)
 
 
+def test_a_transposed_convolution_multiplies_once_for_each_input():
+    model = UNet()
+    channels = cnn_channels(model, IMAGE)
+    assert channels.widths == {"a": 6, "down": 10, "up": 5}
+    up, last = (layer(channels, name) for name in ("up", "last"))
+    assert (up.inputs, up.outputs) == ((Run("down", 10),), (Run("up", 5),))
+    assert last.inputs == (Run("a", 6), Run("up", 5))
+    assert up.weights(10, 5) == model.up.weight.numel() == 9 * 10 * 5
+    assert up.multiply_adds(10, 5) == 450 * 4 * 4  # the maps before it, not the 8 x 8 behind
+    assert last.multiply_adds(11, 2) == 4 * 11 * 2 * 8 * 8
+
+
 class Ends(nn.Module):
     """A convolution, something in the middle, and a head."""
 
@@ -121,7 +133,7 @@ class Gamma(nn.Module):
         (lambda x: x[:, torch.tensor([0, 2, 1, 3, 4, 5, 6, 7])], "by tensors"),
         (lambda x: x.mean(1, keepdim=True).expand(-1, 8, -1, -1), "reduces over channels"),
         (lambda x: x.roll(1, 1), "roll has no rule"),
-        (nn.ConvTranspose2d(8, 8, 1), '"middle".*ConvTranspose2d has no rule'),
+        (nn.ConvTranspose2d(8, 8, 1, groups=2), '"middle".*ConvTranspose2d in groups has no rule'),
         (nn.ChannelShuffle(2), "ChannelShuffle has no rule"),
         (lambda x: x if x.sum() > 0 else -x, "cannot be traced"),
         (lambda x: F.conv2d(x, torch.ones(8, 8, 1, 1)), "has no rule|does not run"),
@@ -233,7 +245,7 @@ def test_the_model_is_untouched_and_counts_are_its_own(name):
     assert channels == cnn_channels(model, IMAGE)
     assert model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
     assert channels.parameters({}) == sum(one.numel() for one in weights)
 
 

@@ -187,6 +187,11 @@ def _densities(
     names = {one.name for one in layers}
     found = structure_of(model, include=["*"])
     kept = structure_of(model, include=[one.name for one in found if one.name in names])
+    if unscored := names - {one.name for one in kept}:
+        raise ModelError(
+            f'source="{method.source}" gives no density to "{min(unscored)}": it scores linears and convolutions, transposed ones left out.'
+            ' Give source="synexp".'
+        )
     if method.source == "erk":
         shapes = {one.name: one.shape for one in kept}
         densities: Mapping[str, float] = erdos_renyi(shapes, share)

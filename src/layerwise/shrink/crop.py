@@ -106,13 +106,14 @@ def _shape(module: nn.Module, layer: ChannelLayer, inputs: int, outputs: int) ->
     if layer.kind == "linear":
         return (outputs, inputs)
     each = 1 if layer.kind == "depthwise" else inputs // layer.groups
-    return (outputs, each, *module.kernel_size)  # type: ignore[misc]
+    first = (inputs, outputs) if layer.kind == "transposed" else (outputs, each)
+    return (*first, *module.kernel_size)  # type: ignore[misc]
 
 
 def set_sizes(module: nn.Module, layer: ChannelLayer, inputs: int, outputs: int) -> None:
     """What the module remembers of its sizes."""
     remembered: dict[str, int | tuple[int, ...]] = {"in_features": inputs, "out_features": outputs}
-    if layer.kind in ("conv", "depthwise"):
+    if layer.kind in ("conv", "depthwise", "transposed"):
         remembered = {"in_channels": inputs, "out_channels": outputs}
         if layer.kind == "depthwise":
             remembered["groups"] = inputs

@@ -37,11 +37,14 @@ def coupling_of(model: nn.Module, channels: Channels) -> Coupling:
 def places(layer: ChannelLayer) -> list[tuple[str, int, Literal["out", "in"], tuple[Run, ...]]]:
     """(own name of a parameter, dimension, side, runs along it) of a layer. A norm and a depthwise convolution pass channels on: what they
     have for each goes with what writes it."""
+    turned = layer.kind == "transposed"  # its weight is (inputs, outputs, kernel)
     found: list[tuple[str, int, Literal["out", "in"], tuple[Run, ...]]] = [
-        ("weight", 0, "out", layer.outputs),
+        ("weight", int(turned), "out", layer.outputs),
         ("bias", 0, "out", layer.outputs),
     ]
-    if layer.kind in ("conv", "linear"):
+    if turned:
+        found.append(("weight", 0, "in", layer.inputs))
+    elif layer.kind in ("conv", "linear"):
         found.append(("weight", 1, "in", _first_group(layer.inputs, layer.groups)))
     return found
 

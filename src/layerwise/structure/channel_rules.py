@@ -17,6 +17,7 @@ from .channel_layout import Layout, fix, new, repeated, tie, width
 
 _SOFTMAX_MODULES = (nn.Softmax, nn.LogSoftmax, nn.Softmin)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _ELEMENTWISE_MODULES = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.SiLU, nn.GELU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
     nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
@@ -25,7 +26,7 @@ _POOLING_MODULES = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
     nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Upsample, nn.ZeroPad2d, nn.ReflectionPad2d,
 )  # fmt: skip
-Kind = Literal["conv", "depthwise", "linear", "norm"]
+Kind = Literal["conv", "depthwise", "transposed", "linear", "norm"]
 
 
 @dataclass
@@ -71,8 +72,10 @@ class Reader(Functions):
     # -- modules
 
     def _module(self, n: Node, module: nn.Module, inputs: list[Seen], result: Any) -> Any:
-        if isinstance(module, CONVOLUTIONS) and not isinstance(module, nn.modules.conv._ConvTransposeNd):
+        if isinstance(module, CONVOLUTIONS):
             return self._convolution(n, module, inputs[0], result)
+        if isinstance(module, TRANSPOSED):
+            return self._transposed(n, module, inputs[0], result)
         if isinstance(module, nn.Linear):
             return self._linear(n, inputs[0], result)
         if isinstance(module, (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.PReLU)):
@@ -107,6 +110,13 @@ class Reader(Functions):
         else:
             kept.outputs = new(outputs)
         return self._used(kept, x, Seen(tuple(result.shape), 1, kept.outputs), math.prod(result.shape[2:]))
+
+    def _transposed(self, n: Node, module: Any, x: Seen, result: Tensor) -> Seen:
+        if module.groups > 1:
+            raise self.refused(n, f"{type(module).__name__} in groups has no rule")
+        x = self.along(n, x, 1)
+        kept = Use(path_of(n), "transposed", x.layout, new(module.out_channels), math.prod(module.kernel_size))
+        return self._used(kept, x, Seen(tuple(result.shape), 1, kept.outputs), math.prod(x.shape[2:]))
 
     def _linear(self, n: Node, x: Seen, result: Tensor) -> Seen:
         x = self.along(n, x, len(x.shape) - 1)

@@ -17,9 +17,9 @@ from torch.fx import symbolic_trace
 
 from ..errors import ModelError
 from .channel_layout import Layout, Variable, resolved
-from .channel_rules import CONVOLUTIONS, Reader, Use
+from .channel_rules import CONVOLUTIONS, TRANSPOSED, Reader, Use
 
-LayerKind = Literal["conv", "depthwise", "linear", "norm"]
+LayerKind = Literal["conv", "depthwise", "transposed", "linear", "norm"]
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class ChannelGroup:
 class ChannelLayer:
     """A convolution, linear or norm. Inputs and outputs as runs; a norm and a depthwise convolution touch one row of channels.
 
-    kernel: positions of the kernel. groups: of a convolution that is not depthwise. positions: of the output, over all calls, for one
-    image.
+    kernel: positions of the kernel. groups: of a convolution that is not depthwise. positions: of the output (of a transposed
+    convolution: of the input), over all calls, for one image.
     """
 
     name: str
@@ -180,7 +180,7 @@ def _check_weights(model: nn.Module) -> None:
     """Raise ModelError for weights that are computed from others or shared between layers: their sizes are not one layer's to change."""
     seen: dict[int, str] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+        if not isinstance(module, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)):
             continue
         if nn.utils.parametrize.is_parametrized(module) or not isinstance(
             module._parameters.get("weight"), nn.Parameter
