@@ -30,6 +30,7 @@ def multiply_adds(model):
         ["llm-pruner", *DRAW],
         ["flap", *DRAW],
         ["adapt-pruner", *DRAW, "--set", "step=0.1"],
+        ["adapt-pruner", *DRAW, "--batch", "2", "--set", "step=0.1", "--set", "batches=1"],
         ["shortgpt", *DRAW],
         ["magnitude-width", "--set", "budget=macs"],
     ],

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from layerwise.errors import BudgetError, ModelError
+from layerwise.errors import BudgetError, DataError, ModelError
 from layerwise.methods import method_from
 from layerwise.methods.adapt_pruner import Schedule
 from layerwise.passes import reached_blocks
@@ -57,6 +57,15 @@ def test_what_the_others_cannot_give_is_an_error_that_says_why(name):
     without = structure_of(model, exclude=["*language_model*"])
     with pytest.raises(ModelError, match="nothing can be cut: no batch comes to"):
         method_from(name, parameters=0.9, **SETTINGS[name]).plan(model, words(), structure=without)
+
+
+def test_a_step_that_looks_at_text_alone_is_an_error():
+    """Where others come to the vision tower: its scores in that step would all be zero."""
+    model = MODELS["llava"]()
+    batches = Batches((*(inputs_for("llava", model, seed=seed) for seed in range(2)), *words()), {})
+    method = method_from("adapt-pruner", parameters=0.8, batches=2, **SETTINGS["adapt-pruner"])
+    with pytest.raises(DataError, match=r"none of 2 batches from number 2 on comes to \"model\.vision_tower"):
+        method.plan(model, batches)
 
 
 def test_blocks_without_a_cosine_are_not_in_the_schedule(monkeypatch):

@@ -11,8 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from layerwise.allocate.units import Sized, lowest_first, meet, parameters_of
 from layerwise.errors import BudgetError, ConfigError, DataError, ModelError, PlanError
-from layerwise.methods import METHODS, AdaptPruner, method_from
-from layerwise.methods.flap import above_threshold, code_cost, standard, strictly_above
+from layerwise.methods import METHODS, method_from
 from layerwise.methods.widths import Widths
 from layerwise.plan import Plan
 from layerwise.shrink import apply, kept_by, uniform_widths
@@ -118,25 +117,6 @@ def test_excluded_layers_leave_their_group_whole(name):
     assert "model.layers.0.mlp" not in plan.layers
 
 
-@pytest.mark.parametrize("reference", [False, True])
-def test_adapt_pruner_ends_where_its_most_important_block_would_never_move(monkeypatch, reference):
-    """Amplitude = step, as in the scripts: of two blocks the important one gains 0.1 - 0.1 * 1 a step."""
-    taken, step = [], AdaptPruner._step
-
-    def counted(*given):
-        taken.append(1)
-        assert len(taken) < 100
-        return step(*given)
-
-    monkeypatch.setattr(AdaptPruner, "_step", counted)
-    model = MODELS["llama"]()
-    total = sum(one.numel() for one in model.parameters())
-    for amplitude in (0.1, 0.15):
-        method = AdaptPruner(parameters=0.45, step=0.1, amplitude=amplitude, reference=reference)
-        plan = method.plan(model, data_for("llama", model))
-        assert apply(MODELS["llama"](), plan).after <= 0.45 * total
-
-
 def test_blocks_that_cannot_give_so_much_are_said_in_the_budget_s_own_unit():
     model = MODELS["llama"]()
     method = method_from("llm-pruner", parameters=0.5, budget="macs", first_whole=0.5)
@@ -170,64 +150,6 @@ def test_llm_pruner_s_counts_on_its_own_models():
             for group in widths.groups
         }
         assert parameters_of(widths.total, widths.sized, kept) == after
-
-
-@pytest.mark.parametrize("budget", ["parameters", "bytes"])
-@pytest.mark.parametrize("more", [{}, {"min_heads": 2}, {"min_channels": 64}, {"parameters": 1.0}, {"reference": True}])
-def test_flap_counts_the_biases_that_it_will_give(budget, more):
-    """Of attentions where one of them is cut, of MLPs likewise; none for what stays whole."""
-    model = MODELS["llama"]()
-    data = data_for("llama", model)
-    method = method_from("flap", **{"parameters": 0.9, "budget": budget, **more})
-    plan = method.plan(model, data)
-    left = apply(model, plan, data).after
-    assert plan.notes[0].startswith(f"{left * (4 if budget == 'bytes' else 1):,} of ")
-    assert method.reference or left <= method.parameters * sum(one.numel() for one in MODELS["llama"]().parameters())
-
-
-def test_flap_s_threshold_over_the_model():
-    """Check 6: of the costs kept at 0.2 and 0.5; inclusive, since the threshold's own unit stays."""
-    scores = {"heads": torch.tensor([0.9, -0.4, 0.3]), "channels": torch.tensor([1.5, 0.2, -0.1, -0.8, 0.6, -1.2])}
-
-    class Two:
-        total, target = 42, 0  # costs in thirds: a head 8, a channel 3
-        sized = {"heads": Sized(3, 8, least=0), "channels": Sized(6, 3, least=0)}  # noqa: RUF012
-
-    def kept(share):
-        world = Two()
-        world.target = share
-        return above_threshold(scores, world)
-
-    assert kept(36) == {"heads": 3, "channels": 4}  # inclusive at -0.4: 85.7 % of the cost
-    assert kept(28) == {"heads": 2, "channels": 4}
-    assert kept(22) == {"heads": 2, "channels": 2}  # inclusive at 0.3: 52.4 %
-    assert standard(torch.full((4, 2), 3.0)).tolist() == [0, 0, 0, 0]
-
-
-def test_flap_s_threshold_in_the_code():
-    """Check 6, strict: the threshold's own unit goes; 66.7 % and 33.3 % of the cost stay."""
-    scores = {"heads": torch.tensor([0.9, -0.4, 0.3]), "channels": torch.tensor([1.5, 0.2, -0.1, -0.8, 0.6, -1.2])}
-    costs = {"heads": 8 / 3, "channels": 1.0}
-    assert strictly_above(scores, costs, 0.8) == {"heads": 2, "channels": 4}
-    assert strictly_above(scores, costs, 0.5) == {"heads": 1, "channels": 2}
-
-
-def test_flap_as_its_code_has_it():
-    """Never more than is asked for but for what a group keeps at least; a head of h = 8 under one query head costs 4 h / 3."""
-    model = MODELS["llama"]()
-    data = data_for("llama", model)
-    total = sum(one.numel() for one in model.parameters())
-    plan, ours = (made("flap", 0.8, reference=reference).plan(model, data) for reference in (True, False))
-    assert plan.layers != ours.layers
-    assert plan.method["reference"] is True
-    left = apply(MODELS["llama"](), plan.model_copy(update={"method": {}})).after
-    assert left <= 0.8 * total
-    one = Batches(({"input_ids": data[0]["input_ids"][:1]},), {})
-    with pytest.raises(DataError, match="second sequence"):
-        made("flap", 0.8, reference=True).plan(model, one)
-    made("flap", 0.8).plan(model, one)
-    group = next(one for one in coupled_groups(MODELS["gpt2"]()).groups if one.kind == "heads")
-    assert code_cost(group) == pytest.approx(4 * 8 / 3)
 
 
 def test_shortgpt_drops_what_changes_least():
@@ -264,30 +186,6 @@ def test_shortgpt_keeps_blocks_that_others_need(monkeypatch):
         model(**data[0])
     with pytest.raises(BudgetError, match="without the 2 of 4 blocks that can go"):
         method_from("shortgpt", blocks=3).plan(MODELS["t5"](), data)
-
-
-def test_adapt_pruner_leaves_a_model_below_its_target_alone():
-    """Adapt-Pruner, check 8: to the bit."""
-    model, dense = MODELS["llama"](), MODELS["llama"]()
-    plan = AdaptPruner(parameters=1.0).plan(model, data_for("llama", model))
-    assert plan.layers == {}
-    apply(model, plan)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
-
-
-def test_the_reference_takes_whole_steps():
-    """Check 8: at most one step below the target."""
-    model = MODELS["llama"]()
-    total = sum(one.numel() for one in model.parameters())
-    method = AdaptPruner(parameters=0.75, step=0.1, amplitude=0.05, reference=True)
-    applied = apply(model, method.plan(model, data_for("llama", model)))
-    groups = coupled_groups(MODELS["llama"]()).groups
-    step = sum(numbers_of(MODELS["llama"](), group) * group.units for group in groups) * 0.15
-    assert (
-        0.75 * total - step - max(numbers_of(MODELS["llama"](), group) for group in groups)
-        < applied.after
-        <= 0.75 * total
-    )
 
 
 @settings(max_examples=60)

@@ -18,8 +18,8 @@ from torch import nn
 
 from ..allocate.adaptive import channels_left, heads_left, heads_shared, next_sparsities, scaled_importance
 from ..allocate.units import fill, lowest_first, parameters_of
-from ..errors import ConfigError
-from ..passes import check_whole
+from ..errors import ConfigError, DataError
+from ..passes import check_whole, reached_blocks
 from ..plan import Plan
 from ..scores import block_influence
 from ..scores.units import unit_taylor
@@ -47,6 +47,9 @@ class AdaptPruner:
     parameters: float = 0.7  # share of the model's parameters that is kept, or their number
     step: float = 0.02  # S base: share of each group that a step takes on average
     amplitude: float = 0.02  # A: at most so much more or less, by importance
+    batches: int | None = (
+        None  # that a step looks at, the next ones each step, as the scripts draw anew. None: all, every step
+    )
     scale: str = "largest"  # of importances: by the largest distance from the mean, or by rank
     reference: bool = False  # the official credit of query heads and whole last step
     min_heads: int = 1
@@ -61,6 +64,8 @@ class AdaptPruner:
             raise ConfigError(
                 f"AdaptPruner: step={self.step:g}, amplitude={self.amplitude:g}: give shares, step above 0."
             )
+        if self.batches is not None and self.batches < 1:
+            raise ConfigError(f"AdaptPruner.batches={self.batches}: give the batches that a step looks at, at least 1.")
         if self.scale not in ("largest", "rank"):
             raise ConfigError(f'AdaptPruner.scale="{self.scale}": give largest or rank.')
 
@@ -81,21 +86,24 @@ class AdaptPruner:
         )  # fmt: skip
         batches, pruned = needed("AdaptPruner", data), copy.deepcopy(model)
         widths.leave_unreached(model, batches)
-        expected = max(1, round((1 - widths.target / widths.total) / self.step))
-        with part(0, expected):
-            turns = block_influence(pruned, batches, structure_of(pruned))
-        unturned = {group.block for group in widths.groups} - turns.keys()  # a shape that changes has no cosine
-        widths.keep_whole(unturned, "no cosine compares what enters and leaves")
-        kept = {group.name: [*range(group.units)] for group in widths.groups}
         schedule = schedule or Schedule.of(model, widths.structure)
         schedule.hold({group.block for group in widths.groups})
+        expected = max(1, round((1 - widths.target / widths.total) / self.step))
+        looked_at = self._next(pruned, batches, schedule)
+        with part(0, expected):
+            turns = block_influence(pruned, looked_at, structure_of(pruned))
+        unturned = {group.block for group in widths.groups} - turns.keys()  # a shape that changes has no cosine
+        widths.keep_whole(unturned, "no cosine compares what enters and leaves")
+        schedule.hold(turns)
+        kept = {group.name: [*range(group.units)] for group in widths.groups}
         importances: dict[str, float] = {}
         steps = 0
         while parameters_of(widths.total, widths.sized, {n: len(units) for n, units in kept.items()}) > widths.target:
             with part(steps, max(steps + 1, expected)):
                 if steps:
-                    turns = block_influence(pruned, batches, structure_of(pruned))
-                found, importances = self._step(pruned, batches, widths, kept, schedule, turns)
+                    looked_at = self._next(pruned, batches, schedule)
+                    turns = block_influence(pruned, looked_at, structure_of(pruned))
+                found, importances = self._step(pruned, looked_at, widths, kept, schedule, turns)
             cut_units(pruned, found)
             kept = {
                 name: [units[place] for place in found.get(name, range(len(units)))] for name, units in kept.items()
@@ -103,6 +111,22 @@ class AdaptPruner:
             steps += 1
         note = f"{steps} steps of {self.step:g} on average."
         return widths_plan(self, widths, kept, importances, [note])
+
+    def _next(self, pruned: nn.Module, data: Batches, schedule: "Schedule") -> Batches:
+        """What a step looks at: after the last batch comes the first again. Raises DataError where that does not come to a block that the
+        step may cut."""
+        if self.batches is None or self.batches >= len(data):
+            return data
+        first = schedule.batches % len(data)
+        schedule.batches += self.batches
+        found = replace(data, batches=(data.batches * 2)[first : first + self.batches])
+        missed = schedule.sparsities.keys() - reached_blocks(pruned, structure_of(pruned), found)
+        if missed:
+            raise DataError(
+                f'AdaptPruner(batches={self.batches}): none of {self.batches} batches from number {first} on comes to "{min(missed)}".'
+                " Let a step look at more, or mix the data."
+            )
+        return found
 
     def _step(
         self,
@@ -175,10 +199,12 @@ class AdaptPruner:
 
 @dataclass
 class Schedule:
-    """Where the schedule stands: units of each group at the very start, and the share that each block was to have lost of them."""
+    """Where the schedule stands: units of each group at the very start, the share that each block was to have lost of them, and batches
+    that steps have looked at (where they do not look at all)."""
 
     starts: dict[str, int]
     sparsities: dict[str, float]
+    batches: int = 0
 
     @classmethod
     def of(cls, model: nn.Module, structure: Structure | None = None) -> "Schedule":
