@@ -249,6 +249,12 @@ def test_few_rows_must_show_more(parts, quantile):
     assert errors_asked(parts) == pytest.approx(quantile, rel=0.02)
 
 
+@pytest.mark.parametrize(("parts", "quantile"), [(4, 7.126), (8, 3.928), (16, 3.223), (32, 2.971)])
+def test_of_eight_that_may_pass_each_must_show_more(parts, quantile):
+    """Student's t at an eighth of that chance, by scipy."""
+    assert errors_asked(parts, tries=8) == pytest.approx(quantile, rel=0.02)
+
+
 def test_fewer_than_four_rows_show_nothing():
     assert {errors_asked(rows) for rows in range(4)} == {math.inf}
 
@@ -263,6 +269,15 @@ def test_chance_wins_no_more_often_where_rows_are_few():
             gain, error = paired(one, torch.zeros(rows))
             won += gain > errors_asked(rows) * error
         assert won / len(noise) == pytest.approx(0.023, abs=0.008)
+
+
+def test_the_luckiest_of_eight_wins_no_more_often():
+    """As a verdict picks it: least loss on the rows that it is then judged by."""
+    generator, won = torch.Generator().manual_seed(0), 0
+    for noise in torch.randn(4000, 8, 8, generator=generator):
+        gain, error = paired(torch.zeros(8), noise[noise.mean(1).argmin()])
+        won += gain > errors_asked(8, tries=8) * error
+    assert 0.005 < won / 4000 < 0.03
 
 
 def test_plans_that_were_judged_are_not_made_again_for_the_verdict(tmp_path, monkeypatch):

@@ -2,8 +2,9 @@
 
 No paper: what a careful user does by hand. Every candidate plan is carried out with the solver that will be used (with masks from the dense
 model's statistics where these suffice), judged by the KL divergence from the dense model on calibration data, and put back. The
-closest few are then held against uniform on data that the search did not see; one that is not closer there by more than
-two standard errors of the paired differences does not count. A search that does not beat uniform returns uniform and says so.
+closest few are then held against uniform on data that the search did not see; one that is not closer there by more than two standard
+errors of the paired differences (`errors_asked`: more where rows are few or tries many) does not count. A search that does not beat
+uniform returns uniform and says so.
 """
 
 import tempfile

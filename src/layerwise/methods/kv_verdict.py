@@ -76,7 +76,8 @@ def verdict_on(
 ) -> Verdict:
     """The choice of at most `cap` bits with the least loss on unseen data, if it beats every uniform pair of at most as many bits there.
 
-    By more than two standard errors of the paired differences, from the best of them; else that one. fresh: pairs -> (rows,) of losses.
+    By more than two standard errors of the paired differences, and more where several had the chance (`errors_asked`), from the best of
+    them; else that one. fresh: pairs -> (rows,) of losses.
     """
     allowed = [one for one in tried if one.bits <= cap]
     finalists = sorted((one for one in front_of(allowed) if not one.uniform), key=lambda one: one.loss)[:FINALISTS]
@@ -85,12 +86,13 @@ def verdict_on(
     best = min((one for one in allowed if one.uniform), key=lambda one: (means[one.pairs], one.bits))
     chosen = min([*finalists, best], key=lambda one: (means[one.pairs], one.bits))
     gain, error = paired(rows[best.pairs], rows[chosen.pairs])
+    sure = errors_asked(len(rows[best.pairs]), tries=len(finalists))
     head = f"{what} on data the search did not see"
 
     def said(one: TriedBits) -> str:
         return f"{means[one.pairs]:.4g} at {one.true:.3g} true bits ({one.nominal:.3g} nominal)"
 
-    if chosen is not best and gain > errors_asked(len(rows[best.pairs])) * error:
+    if chosen is not best and gain > sure * error:
         sentence = (
             f"{chosen.word}: {head} {said(chosen)}, beside {best.word}'s {said(best)}:"
             f" {gain:.3g} less, standard error {error:.2g}; {len(tried)} choices measured."
@@ -98,7 +100,7 @@ def verdict_on(
     else:
         nearest = "" if chosen is best else f"; the nearest was {chosen.word} ({means[chosen.pairs]:.4g})"
         sentence = (
-            f"{best.word} for all: {head} {said(best)}, and none of {len(tried)} choices is better beyond two"
+            f"{best.word} for all: {head} {said(best)}, and none of {len(tried)} choices is better beyond {sure:.1f}"
             f" standard errors{nearest}."
         )
         chosen = best

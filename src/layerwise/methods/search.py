@@ -131,19 +131,24 @@ class Hunt:
         for name in ["uniform", *finalists]:
             rows[name] = self._held_against(self.record.plans[name], yardstick)
         gains = {name: paired(rows["uniform"], rows[name]) for name in finalists}
-        sure = errors_asked(len(rows["uniform"]))
+        sure = errors_asked(len(rows["uniform"]), tries=len(finalists))
         chosen = next((name for name, (gain, error) in gains.items() if gain > sure * error), "uniform")
         what = "KL divergence" if yardstick.logits else "relative squared error"
         judged = sum(one.divergence is not None for one in tried)
         count = f"{judged} plan{'s' if judged != 1 else ''} tried with {self.trials.solver.name}"
-        verdict = _sentence(chosen, {name: float(some.mean()) for name, some in rows.items()}, gains, what, count)
+        verdict = _sentence(chosen, {name: float(some.mean()) for name, some in rows.items()}, gains, what, count, sure)
         tried = [one.with_unseen(rows.get(one.name)) for one in tried]
         plan = self.record.plans[chosen]
         return Search(plan.model_copy(update={"notes": (*plan.notes, verdict)}), tuple(tried), verdict)
 
 
 def _sentence(
-    chosen: str, means: Mapping[str, float], gains: Mapping[str, tuple[float, float]], what: str, count: str
+    chosen: str,
+    means: Mapping[str, float],
+    gains: Mapping[str, tuple[float, float]],
+    what: str,
+    count: str,
+    sure: float,
 ) -> str:
     uniform = means["uniform"]
     if chosen != "uniform":
@@ -154,8 +159,8 @@ def _sentence(
         )
     closest = min(gains, key=means.__getitem__, default="")
     return (
-        f"uniform: {count}, none is closer to the dense model than uniform ({what} {uniform:.4f}) beyond two standard errors on data"
-        f" the search did not see{f'; the nearest was {closest} ({means[closest]:.4f})' if closest else ''}."
+        f"uniform: {count}, none is closer to the dense model than uniform ({what} {uniform:.4f}) beyond {sure:.1f} standard errors"
+        f" on data the search did not see{f'; the nearest was {closest} ({means[closest]:.4f})' if closest else ''}."
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import NormalDist
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..engine.work import write_whole
 from ..errors import ConfigError, OutputError
 from ..plan import Plan
 
-SURE = 2.0  # standard errors a plan must be closer by; three get a try, and by one each would pass in a sixth of cases by chance
+SURE = 2.0  # standard errors that plans must be closer by, all tries together: luck passes in one case of 44
 FINALISTS = 3  # plans that are held against uniform on unseen data
 _PAIRS = 32  # parts of the data that two plans are compared on
 _ENDED = 2  # so often may the process end while a plan is being tried
@@ -130,20 +131,22 @@ class Record(AbstractContextManager["Record"]):
         self._tried, self._begun, self.plans = tried, begun, plans
 
 
-def errors_asked(rows: int, parts: int = _PAIRS) -> float:
+def errors_asked(rows: int, parts: int = _PAIRS, *, tries: int = 1) -> float:
     """How many standard errors of `paired` over so many rows a gain must be for the certainty of SURE errors that are known exactly.
 
-    Student's t quantile for the parts that the error is estimated from (Cornish-Fisher's expansion, within 1 %); infinite for fewer
-    than four, whose error says too little.
+    tries: plans of which any may pass; so many chances for luck, each is asked for more (Bonferroni). Student's t quantile for the parts
+    that the error is estimated from (Cornish-Fisher's expansion, within 2 %); infinite for fewer than four, whose error says too little.
     """
     free = min(rows, parts) - 1
     if free < 3:
         return math.inf
-    z = SURE
+    normal = NormalDist()
+    z = SURE if tries <= 1 else -normal.inv_cdf(normal.cdf(-SURE) / tries)
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
     return z + math.fsum(term / free**power for power, term in enumerate(terms, start=1))
 
