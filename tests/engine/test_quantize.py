@@ -11,7 +11,7 @@ from layerwise.errors import ConfigError, DataError, PlanError
 from layerwise.io.load import load
 from layerwise.io.stream import load_streamed
 from layerwise.plan import CacheBits, Plan, Prune, Quantize, Treatments
-from layerwise.solvers import GPTQ, HQQ, RoundToNearest, SparseGPT, Wanda
+from layerwise.solvers import GPTQ, HQQ, RoundToNearest, SparseGPT, Wanda, factor
 from layerwise.structure import from_matrices, parameter_of, structure_of
 from layerwise.tasks.batches import Batches
 from models import MODELS, inputs_for
@@ -196,6 +196,17 @@ def test_what_a_solver_cannot_do_is_refused_before_any_work(solver, layer, messa
         compress(model, Plan(layers={last: layer}), solver=solver, data=data)
     assert last in str(caught.value)
     assert all(torch.equal(one, before[name]) for name, one in model.named_parameters())
+
+
+def test_a_factorisation_that_fails_is_told_of_each_layer(monkeypatch):
+    monkeypatch.setattr(factor, "_upper_cholesky", lambda gram, diagonal: None)
+    model, structure, data = setup()
+    other, _, _ = setup()
+    result = compress(model, plan_of(structure), solver=GPTQ(), data=data)
+    nearest = compress(other, plan_of(structure), solver=RoundToNearest(), data=data)
+    same_codes(result.codes, nearest.codes)
+    assert [note.partition(": ")[0] for note in result.notes] == [layer.layer for layer in result.layers]
+    assert all(note.endswith("(more calibration tokens help): rounded to the nearest") for note in result.notes)
 
 
 def test_gptq_without_data_names_a_solver_that_needs_none():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerwise.errors import ConfigError, ShapeError
+from layerwise.errors import ConfigError, ShapeError, SolveError
 from layerwise.passes.statistics import InputStatistics
 from layerwise.plan import Prune, Quantize, Treatments
 from layerwise.solvers import GPTQ, RoundToNearest, Solved, SparseGPT
@@ -263,6 +263,30 @@ def test_without_tokens_weights_are_treated_by_themselves_with_a_note(way, done)
         assert (~solved.keep).sum() == 96
         assert not solved.weight[~solved.keep].any()
         assert (solved.codes is None) == isinstance(way, Prune)
+
+
+@pytest.mark.parametrize("order", [False, True])
+def test_a_failed_factorisation_raises_the_damping_once_then_weights_are_treated_by_themselves(order):
+    weight, _ = drawn(10, 6, 4)
+    ways = [Quantize(bits=4, group=4), HALF, Treatments(prune=HALF, quantize=Quantize(bits=4, group=4))]
+
+    def solved(off):
+        gram = torch.eye(4)
+        gram[0, 1] = gram[1, 0] = off
+        return GPTQ(act_order=order).solve([weight] * 3, statistics(gram), ways, [torch.Generator()] * 3)
+
+    mended, *_ = solved(1.05)  # the least eigenvalue is -0.05: above 0.1 once that is added
+    assert mended.notes == ("damping raised from 0.01 to 0.1 of the mean input power: the factorisation had failed",)
+    hopeless = solved(1.3)
+    why = "its inputs' second moments could not be factorised, with ten times the damping neither (more calibration tokens help)"
+    done = ("rounded to the nearest", "pruned by magnitude", "pruned by magnitude, then rounded to the nearest")
+    assert [one.notes for one in hopeless] == [(f"{why}: {words}",) for words in done]
+    (nearest,) = RoundToNearest().solve([weight], None, [ways[0]], [torch.Generator()])
+    assert torch.equal(hopeless[0].weight, nearest.weight)
+    gram = torch.eye(4)
+    gram[0, 1] = torch.inf
+    with pytest.raises(SolveError, match="1 non-finite value"):
+        solve(GPTQ(act_order=order), weight, gram, ways[0])
 
 
 def test_bad_requests_are_refused():

@@ -8,7 +8,11 @@ from torch import Tensor
 from ..errors import SolveError
 from ..passes.statistics import widest
 
-RAISES = 5  # times the damping is multiplied by ten before giving up
+RAISES = 5  # times the damping is multiplied by ten before giving up, unless asked otherwise
+
+
+class FactorError(SolveError):
+    """No damping that was tried makes the second moments a sum of squares."""
 
 
 @dataclass
@@ -25,12 +29,12 @@ class Factor:
     notes: tuple[str, ...] = ()
 
 
-def factorise(gram: Tensor, damp: float, fill: float | None = None) -> Factor:
+def factorise(gram: Tensor, damp: float, fill: float | None = None, raises: int = RAISES) -> Factor:
     """Factor gram + damp * mean(diagonal) * I, dead inputs filled first. gram: (columns, columns), symmetric.
 
     fill: the diagonal of dead inputs; None takes the mean of the live ones, so that the result scales with the gram and dead inputs
-    change nothing. A failure in float32 is tried again in float64, then with 10 times the damping, up to RAISES times.
-    Raises SolveError if the gram is not finite or no damping helps.
+    change nothing. A failure in float32 is tried again in float64, then with 10 times the damping, up to `raises` times.
+    Raises SolveError if the gram is not finite, FactorError if no damping helps.
     """
     power = gram.diagonal()
     if not torch.isfinite(gram.sum()) and (bad := gram.numel() - int(gram.isfinite().sum())):
@@ -40,14 +44,14 @@ def factorise(gram: Tensor, damp: float, fill: float | None = None) -> Factor:
     dead = power == 0
     filled = torch.where(dead, power[~dead].mean() if fill is None else fill, power)
     share = damp
-    for _ in range(RAISES + 1):
+    for _ in range(raises + 1):
         added = filled - power + share * filled.mean()
         upper = _upper_cholesky(gram, power + added)
         if upper is not None:
             note = f"damping raised from {damp:g} to {share:g} of the mean input power: the factorisation had failed"
             return Factor(upper, added, dead, (note,) if share != damp else ())
         share = share * 10 or 0.01
-    raise SolveError(
+    raise FactorError(
         f"the inputs' second moments could not be factorised even with damping {share / 10:g}: they are no sum of squares."
         " Use more calibration tokens, or the solver wanda."
     )

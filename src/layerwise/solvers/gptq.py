@@ -7,7 +7,8 @@ zero, and both are made up for. Matrices that share an input share one sweep, al
 Departures from the official code (github.com/IST-DASLab/gptq): D1 the parameters of a group are fitted on its weights as they are when
 the sweep comes to it (the official code reads them from an array that is refreshed at block ends alone, so later groups of a block
 see stale weights). D2 weights on dead inputs are rounded to the nearest, not zeroed: other data may reach them. D3 a failed
-factorisation raises the damping and says so. D4 without calibration tokens: by magnitude and to the nearest, with a note. D5 with
+factorisation is tried once more with ten times the damping; if that fails, too, the matrices of this input are treated as in D4. Either
+is a note. D4 without calibration tokens: by magnitude and to the nearest, with a note. D5 with
 act_order the groups stay those of consecutive inputs, fitted in advance on the original weights (official: groups of the new order, or
 `static_groups`); it is the default, since it costs little and wins clearly where inputs differ in power. D6 a symmetric grid reaches
 both ways, and groups of one value are exact: see `grids.py`.
@@ -25,7 +26,7 @@ from ..passes.statistics import InputStatistics, Need
 from ..plan import Prune, Treatments
 from .base import PRUNES, QUANTIZES, Solved, Treated, checked
 from .column_grids import ColumnGrids
-from .factor import Factor, factorise
+from .factor import Factor, FactorError, factorise
 from .grids import Grid, ScaleName, check_grid, scale_dtype_of
 from .masking import calibrated, check_weights, keep_by_score, masked, why_blind
 from .round_to_nearest import check_groups, quantized, rounded
@@ -33,6 +34,8 @@ from .sparsegpt import check_sweep, finished
 from .sweep import sweep
 
 NOTHING = Prune(sparsity=0)
+RAISES = 1  # a gram that ten times the damping does not mend is no sum of squares: its inverse says nothing
+NO_FACTOR = "its inputs' second moments could not be factorised, with ten times the damping neither (more calibration tokens help)"
 
 
 @dataclass(frozen=True)
@@ -61,17 +64,21 @@ class GPTQ:
         treatments: Sequence[Treated],
         generators: Sequence[torch.Generator],
     ) -> list[Solved]:
-        """See `Solver.solve`. Raises ShapeError, or SolveError where weights are not finite or no damping helps."""
+        """See `Solver.solve`. Raises ShapeError, or SolveError where weights or second moments are not finite."""
         inputs = calibrated("GPTQ", inputs, "round_to_nearest")
         ways = checked(self, treatments)
         check_weights(weights, inputs)
         for weight, way in zip(weights, ways, strict=True):
             check_groups(weight, way.quantize.group if way.quantize else None)
-        if why := why_blind(inputs):
-            return [self._blind(weight, way, why) for weight, way in zip(weights, ways, strict=True)]
-        if inputs.gram is None:
-            raise ConfigError('GPTQ needs the gram of the inputs: collect statistics with needs="gram".')
-        return self._solve(weights, inputs, inputs.gram, ways)
+        why = why_blind(inputs)
+        if not why:
+            if inputs.gram is None:
+                raise ConfigError('GPTQ needs the gram of the inputs: collect statistics with needs="gram".')
+            try:
+                return self._solve(weights, inputs, inputs.gram, ways)
+            except FactorError:
+                why = NO_FACTOR
+        return [self._blind(weight, way, why) for weight, way in zip(weights, ways, strict=True)]
 
     def _grid(self, way: Treatments) -> Grid | None:
         if way.quantize is None:
@@ -79,7 +86,7 @@ class GPTQ:
         return Grid(way.quantize.bits, way.quantize.symmetric, mse=self.mse, scale_dtype=scale_dtype_of(self.scales))
 
     def _blind(self, weight: Tensor, way: Treatments, why: str) -> Solved:
-        """Without inputs: the smallest weights go, the others to their nearest code."""
+        """Where inputs say nothing: the smallest weights go, the others to their nearest code."""
         done = {"prune": "pruned by magnitude", "quantize": "rounded to the nearest"}
         note = f"{why}: {', then '.join(words for field, words in done.items() if getattr(way, field))}"
         left = masked(weight, keep_by_score(weight.abs(), way.prune or NOTHING, "layer"), note=note)
@@ -140,6 +147,6 @@ class GPTQ:
 def _factored(gram: Tensor, damp: float, ordered: bool) -> tuple[Factor, Tensor | None]:
     """The factor of the damped gram, and the order of its columns: by falling power, equal ones as they come."""
     if not ordered:
-        return factorise(gram, damp), None
+        return factorise(gram, damp, raises=RAISES), None
     order = gram.diagonal().argsort(descending=True, stable=True)
-    return factorise(gram[order][:, order], damp), order
+    return factorise(gram[order][:, order], damp, raises=RAISES), order
