@@ -11,10 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from layerwise.engine import compress
 from layerwise.errors import MissingExtra, ModelError, PlanError
 from layerwise.evaluate import count_zeros, perplexity
 from layerwise.io import load, load_streamed, save, save_whole_streamed, saved_report
 from layerwise.passes import at_hand
+from layerwise.plan import Plan, Quantize
+from layerwise.solvers import GPTQ, RoundToNearest
 from layerwise.structure import structure_of
 from layerwise.tasks import Batches
 from models import small_llama
@@ -74,6 +77,31 @@ def test_the_perplexity_is_that_of_the_model_in_memory(tmp_path):
     save(model, tmp_path / "out", codes=quantized(model, mixed), verify=False)
     data = Batches(({"input_ids": torch.arange(3, 35)[None]},), {})
     assert perplexity(load(tmp_path / "out"), data).value == perplexity(model, data).value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("solver", [GPTQ(), RoundToNearest()], ids=lambda solver: solver.name)
+def test_a_reloaded_folder_says_the_same_tokens_as_the_compressed_model(tmp_path, solver, dtype):
+    model = llama(dtype, initializer_range=0.3)  # of usual weights the tokens would all be one
+    structure = structure_of(model)
+    layers = {
+        layer.name: Quantize(bits=BITS[place % 4], group=16, symmetric=True)
+        for place, layer in enumerate(structure.layers)
+    }
+    prompt = torch.arange(3, 11)[None]
+    said = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    dense = model.generate(prompt, **said)
+    data = Batches(
+        tuple({"input_ids": (torch.arange(32) * step)[None] % model.config.vocab_size} for step in (1, 3, 7)), {}
+    )
+    result = compress(model, Plan(layers=layers), solver=solver, data=data)
+    in_memory = model.generate(prompt, **said)
+    saved = save(model, tmp_path / "out", codes=result.codes, verify=False)
+    assert saved.report.packed is not None
+    assert sum(saved.report.packed.by_bits.values()) == len(layers)
+    assert torch.equal(load(tmp_path / "out").generate(prompt, **said), in_memory)
+    assert not torch.equal(dense, in_memory)
+    assert len(set(in_memory[0, 8:].tolist())) > 4
 
 
 def test_no_loading_needs_compressed_tensors(tmp_path):
