@@ -3,7 +3,7 @@
 import pytest
 
 from layerwise.errors import BudgetError, PlanError
-from layerwise.plan import Budget, Change, Plan, Prune, Quantize, Treatments, diff_plans
+from layerwise.plan import Budget, Change, GroupBits, Plan, Prune, Quantize, Treatments, diff_plans
 from layerwise.plan_bits import allowed
 from test_plan import LAYERS, Sized
 
@@ -17,7 +17,14 @@ def mixed(**budget):
 @pytest.mark.parametrize(
     ("quantize", "more", "bits"),
     [
-        ({"bits": 4, "group": 128}, {"shift": True}, 4.25),  # scale and shift of 16 bits each for 128 weights
+        (
+            {"bits": 4, "group": 128},
+            {"group_bits": GroupBits(16, shift=True)},
+            4.25,
+        ),  # scale and shift, 16 bits each, for 128 weights
+        ({"bits": 4, "group": 128}, {"group_bits": GroupBits(32, shift=True)}, 4.5),
+        ({"bits": 4, "group": 128}, {"group_bits": GroupBits(32)}, 4 + 36 / 128),
+        ({"bits": 4, "group": 128, "symmetric": True}, {"group_bits": GroupBits(32, shift=True)}, 4.25),
         ({"bits": 4, "group": 128}, {}, 4 + 20 / 128),
         ({"bits": 4, "group": 128, "symmetric": True}, {}, 4.125),
         ({"bits": 8, "group": None, "symmetric": True}, {}, 8 + 16 / 256),
@@ -59,6 +66,24 @@ def test_a_plan_that_takes_more_than_its_budget_is_refused():
     )
     with pytest.raises(PlanError, match=r"budget\.bits 3\.4 is 2720 bits"):
         mixed(bits=3.4, nominal=True).check(LAYERS)
+
+
+def test_what_a_solver_stores_of_groups_is_what_the_budget_counts():
+    plan = mixed(bits=7.4)
+    assert plan.stored_with(GroupBits()) == plan
+    wide = plan.stored_with(GroupBits(32, shift=True)).with_achieved(LAYERS)
+    assert wide.budget.achieved_bits == (200 * (8 + 64 / 5) + 600 * (2 + 64 / 5)) / 800
+    assert (wide.budget.shift, wide.budget.scale_bits) == (True, 32)
+    assert Plan.from_text(wide.to_yaml()) == wide
+    assert wide.stored_with(GroupBits()).with_achieved(LAYERS) == plan.with_achieved(LAYERS)
+    with pytest.raises(PlanError) as caught:
+        wide.check(LAYERS)
+    assert str(caught.value) == (
+        "plan: budget.bits 7.4 is 5920 bits for 800 weights, the layers take 13040 (16.300000) with the solver's scales and zeros of"
+        " 32 bits. Lower the bits of some, plan for this solver, or set budget.bits to 16.3."
+    )
+    with pytest.raises(PlanError, match=r"with the solver's scales of 32 bits\. Lower"):
+        plan.stored_with(GroupBits(32)).check(LAYERS)
 
 
 def test_a_quotient_is_met_by_what_it_came_from():

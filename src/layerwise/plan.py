@@ -10,14 +10,14 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from .errors import BudgetError, OutputError, PlanError, SelectionError
 from .files import output_file
-from .plan_bits import bits_taken, over_budget
+from .plan_bits import Budget, bits_taken, over_budget
 from .plan_check import Sized, entry_problems
 from .plan_diff import Change, differences
 from .plan_shift import shift_evenly
@@ -27,7 +27,7 @@ from .treatments import (
     CacheBits,
     Count,
     Factorize,
-    Fraction,
+    GroupBits,
     KeepTokens,
     Number,
     Prune,
@@ -45,6 +45,7 @@ __all__ = [
     "CacheBits",
     "Change",
     "Factorize",
+    "GroupBits",
     "KeepTokens",
     "ModelFacts",
     "Plan",
@@ -58,8 +59,6 @@ __all__ = [
     "diff_plans",
 ]
 
-Amount = Annotated[Number, Field(ge=0)]
-
 
 class ModelFacts(Record):
     """The model that a plan was made for."""
@@ -67,23 +66,6 @@ class ModelFacts(Record):
     name: str
     parameters: Count
     fingerprint: str
-
-
-class Budget(Record):
-    """What the layers of the plan may cost together. `sparsity` counts the layers that the plan prunes, `bits` those it quantises
-    or factorises."""
-
-    sparsity: Fraction | None = Field(default=None, description="give the fraction removed, 0 <= sparsity <= 1")
-    parameters: Amount | None = Field(default=None, description="give a number of parameters, at least 0")
-    bits: Amount | None = Field(default=None, description="give bits per weight, at least 0")
-    nominal: Literal[True] | None = None  # bits are counted without scales and zeros
-    shift: Literal[True] | None = None  # zeros are floating, of 16 bits each, not whole numbers of as many as a weight
-    flops: Amount | None = Field(default=None, description="give a number of operations, at least 0")
-    bytes: Amount | None = Field(default=None, description="give a number of bytes, at least 0")
-    # these are for the reader (`Plan.with_achieved`), never trusted
-    achieved: Number | None = None  # sparsity
-    achieved_bits: Number | None = None  # true bits per weight, scales and zeros counted
-    nominal_bits: Number | None = None
 
 
 class Plan(Record):
@@ -132,8 +114,12 @@ class Plan(Record):
     def achieved_bits(self, layers: Iterable[Sized], *, nominal: bool = False) -> float:
         """Bits per weight of the layers that the plan quantises or factorises, scales and zeros, or factors, counted unless `nominal`; 0.0
         if there are none."""
-        bits, weights = bits_taken(self.layers, layers, nominal=nominal, shift=bool(self.budget.shift))
+        bits, weights = bits_taken(self.layers, layers, nominal=nominal, group_bits=self.budget.group_bits)
         return bits / weights if weights else 0.0
+
+    def stored_with(self, group_bits: GroupBits) -> "Plan":
+        """The same plan with its bits counted for a solver that stores this of each group."""
+        return self.model_copy(update={"budget": self.budget.counting(group_bits)})
 
     def with_achieved(self, layers: Iterable[Sized]) -> "Plan":
         """The same plan with what the budget's layers achieve computed from these: sparsity where it prunes, bits where it quantises."""
@@ -183,9 +169,9 @@ class Plan(Record):
 
     def _budget_problems(self, layers: list[Sized]) -> list[str]:
         budget, over = self.budget, []
-        bits, weights = bits_taken(self.layers, layers, nominal=bool(budget.nominal), shift=bool(budget.shift))
+        bits, weights = bits_taken(self.layers, layers, nominal=bool(budget.nominal), group_bits=budget.group_bits)
         if budget.bits is not None and weights:
-            over = over_budget(budget.bits, bits, weights)
+            over = over_budget(budget.bits, bits, weights, budget.group_bits)
         known = {layer.name: layer for layer in layers}
         zeros, wanted = self.zeros(layers), self.budget.sparsity
         total, got = sum(known[name].size for name in zeros), sum(zeros.values())

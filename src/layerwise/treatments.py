@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -10,8 +10,8 @@ from .treatment_base import Bits, Count, Fraction, Number, Record, kept_digits
 from .treatment_kinds import CacheBits, CacheMode, KeepTokens, Resize, Train
 
 __all__ = [
-    "FIELDS", "CacheBits", "CacheMode", "Count", "Factorize", "Fraction", "KeepTokens", "Number", "Prune", "Quantize", "Record", "Resize",
-    "Train", "Treatment", "Treatments", "bare", "kept_text", "zero_bits",
+    "FIELDS", "USUAL", "CacheBits", "CacheMode", "Count", "Factorize", "Fraction", "GroupBits", "KeepTokens", "Number", "Prune", "Quantize",
+    "Record", "Resize", "Train", "Treatment", "Treatments", "bare", "kept_text",
 ]  # fmt: skip
 
 _PATTERN = re.compile(r"unstructured|row|column|(?P<n>\d+):(?P<m>\d+)|block\((?P<rows>\d+)[x×](?P<columns>\d+)\)")
@@ -91,6 +91,23 @@ class Prune(Record):
         return round(self.sparsity * (size // unit)) * unit
 
 
+class GroupBits(NamedTuple):
+    """What is stored of each group of a quantised layer beside its codes; solvers differ in it (`Solver`).
+
+    scale: bits of a scale. shift: a zero is any number and takes as many; else it is a code, of as many bits as a weight.
+    """
+
+    scale: int = 16
+    shift: bool = False
+
+    def of(self, bits: int, *, symmetric: bool) -> int:
+        """Bits of scale and zero of one group of codes of `bits`; a symmetric grid stores no zero."""
+        return self.scale + (0 if symmetric else self.scale if self.shift else bits)
+
+
+USUAL = GroupBits()
+
+
 class Quantize(Record):
     """`bits` per weight, one scale per `group` consecutive inputs (None: one per row)."""
 
@@ -100,18 +117,13 @@ class Quantize(Record):
     )
     symmetric: bool = Field(default=False, strict=True, description="give true or false")
 
-    def stored_bits(self, size: int, columns: int, *, nominal: bool = False, shift: bool = False) -> int:
-        """Whole bits that `size` weights in rows of `columns` take: the codes and, for each group, a scale of 16 bits and a zero.
+    def stored_bits(self, size: int, columns: int, *, nominal: bool = False, group_bits: GroupBits = USUAL) -> int:
+        """Whole bits that `size` weights in rows of `columns` take: the codes and, for each group, scale and zero.
 
-        A whole zero takes `bits` bits, a shift 16, that of a symmetric grid none. nominal: the codes alone.
+        nominal: the codes alone.
         """
         groups = 0 if nominal else size // columns * -(-columns // (self.group or columns)) if columns else 0
-        return size * self.bits + groups * (16 + zero_bits(self.bits, symmetric=self.symmetric, shift=shift))
-
-
-def zero_bits(bits: int, *, symmetric: bool, shift: bool, wide: int = 16) -> int:
-    """What the zero of one group takes in store: a whole one `bits`, a floating one (`shift`) `wide`, that of a symmetric grid none."""
-    return 0 if symmetric else wide if shift else bits
+        return size * self.bits + groups * group_bits.of(self.bits, symmetric=self.symmetric)
 
 
 class Factorize(Record):

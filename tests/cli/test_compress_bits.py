@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 import layerwise as lw
 from layerwise.cli import main
-from layerwise.plan import Plan, Prune, Quantize, Treatments
+from layerwise.plan import GroupBits, Plan, Prune, Quantize, Treatments
 from layerwise.structure import structure_of
 from models import small_llama
 
@@ -74,6 +74,46 @@ def test_zeros_and_bits_are_both_told(here, plan, same_process, capsys):
     out = capsys.readouterr().out
     assert "(50.0000%), 14 layers" in out
     assert "quantized" in out
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "solver"),
+    [
+        ("lwq --set score=zd --set symmetric=false", "5.3", "hqq"),
+        ("lwq --set score=zd", "5.5", "round_to_nearest --solver-set scales=float32"),
+        ("least-error --set symmetric=false --set measure=plain --data text.txt --samples 2 --length 32", "5.3", "hqq"),
+        ("uniform-bits --set symmetric=false", "3", "hqq --solver-set scales=float32"),
+    ],
+)
+def test_what_is_stored_meets_the_budget_whatever_the_solver_stores(here, same_process, capsys, method, bits, solver):
+    levels = [] if bits == "3" else ["--levels", "2,4"]
+    words = f"--bits {bits} --set group=16 --solver {solver} -o out --json -q --method {method}".split()
+    assert main(["compress", "model", *levels, *words]) == 0
+    result = json.loads(capsys.readouterr().out)["result"]
+    plan = Plan.load(here / "out" / "plan.yaml")
+    assert plan.budget.achieved_bits == pytest.approx(result["bits"], rel=1e-12)
+    if levels:
+        assert float(bits) - 0.7 < result["bits"] <= float(bits)
+    # the same plan, counted with whole zeros and scales of 16 bits, takes less than it does in truth
+    usual = plan.stored_with(GroupBits()).with_achieved(structure_of(lw.load(here / "model")).layers)
+    assert usual.budget.achieved_bits < result["bits"]
+
+
+def test_a_plan_counted_for_another_solver_is_refused_or_told_as_it_is_stored(here, same_process, capsys):
+    made = "plan model --method lwq --set score=zd --set symmetric=false --set group=16 --levels 2,4 -q".split()
+    assert main([*made, "--bits", "4.3", "-o", "plan.yaml"]) == 0
+    assert main("compress model --plan plan.yaml --solver hqq -o out".split()) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert "budget.bits 4.3 is" in err
+    assert "with the solver's scales and zeros of 16 bits. Lower the bits of some, plan for this solver, or" in err
+    assert not (here / "out").exists()
+    text = (here / "plan.yaml").read_text()
+    (here / "plan.yaml").write_text(text.replace("bits: 4.3", "bits: 6.0"))
+    assert main("compress model --plan plan.yaml --solver hqq -o out --json -q".split()) == 0
+    result = json.loads(capsys.readouterr().out)["result"]
+    assert Plan.load(here / "out" / "plan.yaml").budget.achieved_bits == pytest.approx(result["bits"], rel=1e-12)
+    assert result["bits"] > Plan.load(here / "plan.yaml").budget.achieved_bits
 
 
 @pytest.mark.parametrize(

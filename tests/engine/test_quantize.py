@@ -10,7 +10,7 @@ from layerwise.engine import BlockFinished, LayerSolved, Settings, compress, wal
 from layerwise.errors import ConfigError, DataError, PlanError
 from layerwise.io.load import load
 from layerwise.io.stream import load_streamed
-from layerwise.plan import CacheBits, Plan, Prune, Quantize, Treatments
+from layerwise.plan import Budget, CacheBits, Plan, Prune, Quantize, Treatments
 from layerwise.solvers import GPTQ, HQQ, RoundToNearest, SparseGPT, Wanda, factor
 from layerwise.structure import from_matrices, parameter_of, structure_of
 from layerwise.tasks.batches import Batches
@@ -196,6 +196,23 @@ def test_what_a_solver_cannot_do_is_refused_before_any_work(solver, layer, messa
         compress(model, Plan(layers={last: layer}), solver=solver, data=data)
     assert last in str(caught.value)
     assert all(torch.equal(one, before[name]) for name, one in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("solver", "bits", "stored"),
+    [(HQQ(), 3 + 32 / 8, "scales and zeros of 16 bits"), (RoundToNearest(scales="float32"), 3 + 35 / 8, "scales of 32 bits")],
+)  # fmt: skip
+def test_a_budget_is_held_by_what_this_solver_stores_whatever_the_plan_counted(solver, bits, stored):
+    model, structure, data = setup()
+    before = weights(model)
+    whole = plan_of(structure).model_copy(update={"budget": Budget(bits=3 + 19 / 8)}).with_achieved(structure.layers)
+    assert whole.budget.achieved_bits == 3 + 19 / 8
+    with pytest.raises(PlanError, match=f"with the solver's {stored}") as caught:
+        compress(model, whole, solver=solver, data=data)
+    assert len(str(caught.value).splitlines()) == 1
+    assert all(torch.equal(one, before[name]) for name, one in model.named_parameters())
+    roomy = whole.model_copy(update={"budget": Budget(bits=bits)})
+    assert compress(model, roomy, solver=solver, data=data).bits == bits
 
 
 def test_a_factorisation_that_fails_is_told_of_each_layer(monkeypatch):

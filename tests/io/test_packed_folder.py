@@ -17,7 +17,7 @@ from layerwise.evaluate import count_zeros, perplexity
 from layerwise.io import load, load_streamed, save, save_whole_streamed, saved_report
 from layerwise.passes import at_hand
 from layerwise.plan import Plan, Quantize
-from layerwise.solvers import GPTQ, RoundToNearest
+from layerwise.solvers import GPTQ, HQQ, RoundToNearest
 from layerwise.structure import structure_of
 from layerwise.tasks import Batches
 from models import small_llama
@@ -102,6 +102,16 @@ def test_a_reloaded_folder_says_the_same_tokens_as_the_compressed_model(tmp_path
     assert torch.equal(load(tmp_path / "out").generate(prompt, **said), in_memory)
     assert not torch.equal(dense, in_memory)
     assert len(set(in_memory[0, 8:].tolist())) > 4
+
+
+def test_the_plan_beside_the_weights_says_the_bits_that_are_stored(tmp_path):
+    model = llama(torch.float32)
+    layers = {layer.name: Quantize(bits=4, group=32) for layer in structure_of(model).layers}
+    plan = Plan(layers=layers).with_achieved(structure_of(model).layers)
+    assert plan.budget.achieved_bits == 4 + 20 / 32
+    result = compress(model, plan, solver=HQQ())
+    save(model, tmp_path / "out", plan=plan, result=result, codes=result.codes, verify=False)
+    assert Plan.load(tmp_path / "out" / "plan.yaml").budget.achieved_bits == 5
 
 
 def test_no_loading_needs_compressed_tensors(tmp_path):

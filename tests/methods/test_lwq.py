@@ -84,7 +84,12 @@ def test_at_both_ends_it_is_uniform(llama):
 def test_true_bits_count_scales_and_zeros(llama):
     model, _, structure = llama
     layers = structure.layers
-    for more, each in (({}, 18 / 16), ({"symmetric": True}, 1.0), ({"shift": True}, 2.0)):
+    for more, each in (
+        ({}, 18 / 16),
+        ({"symmetric": True}, 1.0),
+        ({"shift": True}, 2.0),
+        ({"scale_bits": 32}, 34 / 16),
+    ):
         settings = {"group": 16, "symmetric": False, **more}
         plan = LWQ(bits=2 + each + 1e-9, score="zd", **settings).plan(model)
         assert {entry.quantize.bits for entry in plan.layers.values()} == {2}

@@ -6,7 +6,7 @@ import torch
 from layerwise.errors import ConfigError, ShapeError, SolveError
 from layerwise.passes.statistics import InputStatistics
 from layerwise.plan import Prune, Quantize, Treatments
-from layerwise.solvers import HQQ, RoundToNearest
+from layerwise.solvers import GPTQ, HQQ, RoundToNearest, Wanda, group_bits_of
 
 torch.set_num_threads(1)
 W = torch.tensor([[-1.0, -0.2, 0.35, 1.4, 0.1, -0.6, 0.55, 0.9]])
@@ -52,6 +52,19 @@ def test_round_to_nearest_is_that_of_a_plain_loop(bits, symmetric, group):
     assert solved.keep.all()
     assert solved.codes.scale.shape == (12, 64 // (group or 64))
     assert solved.codes.bits_per_weight == bits + (16 + (0 if symmetric else bits)) / (group or 64)
+
+
+@pytest.mark.parametrize("scales", ["auto", "bfloat16", "float32"])
+@pytest.mark.parametrize("kind", [RoundToNearest, HQQ, GPTQ, lambda **more: RoundToNearest(grid="shift", **more)])
+def test_a_solver_tells_what_it_stores_of_each_group(kind, scales):
+    solver, weight, gram = kind(scales=scales), drawn(5), torch.eye(64)
+    for symmetric in (False,) if isinstance(solver, HQQ) else (False, True):
+        for bits, group in ((3, 16), (8, None)):
+            quantize = Quantize(bits=bits, group=group, symmetric=symmetric)
+            codes = solve(solver, weight, quantize, InputStatistics(9, gram.diagonal(), gram)).codes
+            told = quantize.stored_bits(weight.numel(), 64, group_bits=group_bits_of(solver))
+            assert told == codes.bits_per_weight * weight.numel()
+    assert group_bits_of(Wanda()) == (16, False)
 
 
 def test_int8_per_row_worked_by_hand():

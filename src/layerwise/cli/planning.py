@@ -102,8 +102,11 @@ def with_facts(plan: "Plan", choice: ModelChoice, structure: "Structure", solver
 
 
 def with_solver(plan: "Plan", solver: "Solver") -> "Plan":
-    """The plan with this solver and its settings in the place of its own."""
-    return plan.model_copy(update={"solver": {"name": solver.name, **asdict(solver)}})  # type: ignore[call-overload]
+    """The plan with this solver and its settings in the place of its own, its bits counted as this one stores them."""
+    from ..solvers import group_bits_of
+
+    signed = plan.model_copy(update={"solver": {"name": solver.name, **asdict(solver)}})  # type: ignore[call-overload]
+    return signed.stored_with(group_bits_of(solver))
 
 
 def alphas_folder() -> Path | None:

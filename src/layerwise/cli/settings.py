@@ -171,6 +171,14 @@ def solver_of(
     return solver_from({**chosen, **pairs(settings, "--solver-set")})
 
 
+def handed_in(solver: "Solver") -> dict[str, Any]:
+    """What methods are told of the solver that will carry out their plan: those settings of a method that are about it."""
+    from ..solvers import group_bits_of
+
+    scale, shift = group_bits_of(solver)
+    return {"solver": solver.name, "shift": shift, "scale_bits": scale}
+
+
 def tuner_of(asked: bool, settings: Sequence[str], seed: int) -> "Reconstruction | None":
     """What tunes solved blocks, if that is asked for. Raises ConfigError."""
     if not asked:

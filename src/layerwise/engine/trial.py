@@ -71,7 +71,7 @@ class Trials:
         return result.notes
 
     def _by_masks(self, plan: Plan) -> tuple[str, ...]:
-        ways = check(plan, self.structure)
+        ways = check(plan, self.structure, self.solver)
         check_solver(self.solver, ways, self.structure, self.data)
         notes: list[str] = []
         for layer in self.structure.layers:

@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import ConfigError, DataError, PlanError, WalkError
 from ..passes import Forward, PausedPasses, spilling, store_of, waiting_of
 from ..plan import Plan, Treatments
-from ..solvers.base import Solver, refusal
+from ..solvers.base import Solver, group_bits_of, refusal
 from ..structure import Structure, factorable, structure_of
 from ..tasks.batches import Batch, Batches, call
 from ..version import __version__
@@ -51,7 +51,7 @@ def walk(
         raise ConfigError(f"solver={solver!r}: give a solver, such as layerwise.solvers.Wanda().")
     settings = settings or Settings()
     structure = structure or structure_of(model, include=["*"])
-    ways = check(plan, structure)
+    ways = check(plan, structure, solver)
     units = units_of(model, structure, ways)
     check_solver(solver, ways, structure, data)
     ranks = Ranks() if settings.alone else Ranks.current()
@@ -72,13 +72,14 @@ def walk(
             yield from _with_data(model, units, ranks.share_of(data), steps, forward)
 
 
-def check(plan: Plan, structure: Structure) -> dict[str, Treatments]:
+def check(plan: Plan, structure: Structure, solver: Solver) -> dict[str, Treatments]:
     """Layer name -> what is done to its weights, for layers that lose something. Raises PlanError with everything that does not fit.
 
+    A budget of bits is checked with the scales and zeros that this solver stores, whatever the plan was counted with.
     Bits of the KV cache and what is said of training change no weight: they are checked here, and applied by whoever makes the cache or
     trains.
     """
-    plan.check(
+    plan.stored_with(group_bits_of(solver)).check(
         structure.layers,
         blocks=[block.name for block in structure.blocks],
         attentions=structure.attentions,

@@ -21,6 +21,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def as_stored(plan: Plan | None, result: Mapping[str, Any] | Result | None) -> Plan | None:
+    """The plan with the bits that came of it: the solver may store other scales and zeros than it was counted with."""
+    if plan is None or not isinstance(result, Result) or result.bits is None:
+        return plan
+    return plan.model_copy(update={"budget": plan.budget.model_copy(update={"achieved_bits": result.bits})})
+
+
 def plain(result: Mapping[str, Any] | Result | None) -> Mapping[str, Any] | None:
     """The figures of a result as plain values. Raises ConfigError for what is neither a `Result` nor a mapping."""
     if isinstance(result, Result):

@@ -19,7 +19,7 @@ from ..shrink import is_narrow
 from ..solvers.codes import Codes
 from ..solvers.factors import Factors
 from . import verify as checks
-from .card import card, plain, record
+from .card import as_stored, card, plain, record
 from .experts import ONE_BY_ONE, unlike_in
 from .factored_read import ENTRY, RECORD
 from .factored_write import AllFactors, factor_folder, in_factors
@@ -96,7 +96,7 @@ def save(
         raise ConfigError(f'save: mode="{mode}": give {" or ".join(get_args(Mode))}.')
     if mode == "remote-code":
         check_family(model)
-    result = plain(result)
+    plan, result = as_stored(plan, result), plain(result)
     every = AllFactors(model, factors)
     if every and codes:
         raise ModelError("a folder holds codes or factors, not both: save without one of them.")

@@ -11,7 +11,7 @@ from ..errors import ModelError
 from ..plan import Plan
 from ..solvers.codes import Codes
 from ..solvers.factors import Factors
-from .card import plain
+from .card import as_stored, plain
 from .factored_write import AllFactors, factor_folder
 from .kv_cache import cache_words
 from .packed_write import choose, pack_folder
@@ -41,7 +41,7 @@ def save_whole_streamed(
     dense: the folder it came from. result, codes, factors, target: as of `save`. `verified` is None: no second process has the memory to
     load it. Raises ModelError for codes and factors at once, OutputError and PlanError before anything is written, SaveError on the way.
     """
-    result = plain(result)
+    plan, result = as_stored(plan, result), plain(result)
     every = AllFactors(model, factors)
     if every and codes:
         raise ModelError("a folder holds codes or factors, not both: save without one of them.")

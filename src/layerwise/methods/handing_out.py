@@ -8,7 +8,7 @@ from torch import nn
 
 from ..allocate import Costs, check_levels, merged
 from ..errors import ConfigError, ModelError, ShapeError
-from ..plan import Budget, Plan, Quantize
+from ..plan import Budget, GroupBits, Plan, Quantize
 from ..structure import Layer, Structure, fused_of
 from .assemble import found, named_plan
 from .base import Method
@@ -32,8 +32,9 @@ class BitSettings:
     group: int = 128  # inputs that share a scale; 0: all of a row
     # transformers cannot read packed weights that have zeros of their own (compressed-tensors 0.18 to 0.20)
     symmetric: bool = True
-    # count floating zeros (HQQ, shift grids: 16 bits each), not whole ones (as many bits as a weight)
-    shift: bool = False
+    # what the solver stores of each group; compress hands in what its own does
+    shift: bool = False  # zeros are any numbers, as wide as a scale (HQQ, shift grids), not whole ones of as many bits as a weight
+    scale_bits: int = 16
     nominal: bool = False  # the average is of the levels alone
     # vllm: what it fuses (q, k, v; gate, up; all experts of a block) shares a level, of 2, 4 and 8
     target: Target = "transformers"
@@ -54,6 +55,8 @@ class BitSettings:
             raise ConfigError(f"{self.owner}.bits={self.bits:g}: give bits per weight, more than 0.")
         if self.group < 0:
             raise ConfigError(f"{self.owner}.group={self.group}: give inputs that share a scale, or 0 for a row.")
+        if self.scale_bits < 1:
+            raise ConfigError(f"{self.owner}.scale_bits={self.scale_bits}: give the bits of a scale, 16 or 32.")
         chosen = self.chosen_levels
         if self.target == "vllm" and (odd := [level for level in chosen if level not in VLLM_LEVELS]):
             raise ConfigError(
@@ -63,6 +66,11 @@ class BitSettings:
             raise ConfigError(
                 f"{self.owner}.symmetric=false: vLLM has no kernel for 8 bits with zeros but on Hopper. Take symmetric=true, or levels=2,4."
             )
+
+    @property
+    def group_bits(self) -> GroupBits:
+        """What is counted of each group beside its codes."""
+        return GroupBits(self.scale_bits, self.shift)
 
     def check_words(self, field: str, words: Sequence[str]) -> None:
         """Raise ConfigError unless the field is one of these words."""
@@ -107,7 +115,7 @@ class Hand:
             if layer.name in level_of
         }
         settings = self.settings
-        budget = Budget(bits=settings.bits, nominal=settings.nominal or None, shift=settings.shift or None)
+        budget = Budget(bits=settings.bits, nominal=settings.nominal or None).counting(settings.group_bits)
         return named_plan(self.method, model, self.structure, budget, entries, scores, (*self.notes, *notes))
 
 
@@ -130,7 +138,7 @@ def dealt(method: Method, settings: BitSettings, model: nn.Module, structure: St
     costs = {
         layer.name: {
             level: _treatment(settings, layer, level).stored_bits(
-                layer.size, layer.columns, nominal=settings.nominal, shift=settings.shift
+                layer.size, layer.columns, nominal=settings.nominal, group_bits=settings.group_bits
             )
             for level in settings.chosen_levels
         }

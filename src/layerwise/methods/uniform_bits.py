@@ -26,7 +26,9 @@ class UniformBits:
     bits: int = 4
     group: int = 128  # inputs that share a scale; 0: all of a row
     symmetric: bool = True  # transformers cannot read packed weights with zeros of their own
-    shift: bool = False  # count floating zeros, of 16 bits each, not whole ones
+    # what the solver stores of each group; compress hands in what its own does
+    shift: bool = False  # zeros are any numbers, as wide as a scale, not whole ones of as many bits as a weight
+    scale_bits: int = 16
     indivisible: Indivisible = "smaller"  # layers whose inputs the group does not divide: smaller, row, or error
 
     def __post_init__(self) -> None:
@@ -37,7 +39,7 @@ class UniformBits:
     def _settings(self) -> BitSettings:
         return _Same(
             bits=self.bits, levels=str(self.bits), granularity="layer", group=self.group, symmetric=self.symmetric,
-            shift=self.shift, nominal=True, indivisible=self.indivisible,
+            shift=self.shift, scale_bits=self.scale_bits, nominal=True, indivisible=self.indivisible,
         )  # fmt: skip
 
     def plan(self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None) -> Plan:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..passes.statistics import InputStatistics, Need
-from ..plan import Factorize, Prune, Quantize, Treatments
+from ..plan import Factorize, GroupBits, Prune, Quantize, Treatments
+from ..treatments import USUAL
 from .codes import Codes
 from .factors import Factors
 
@@ -38,7 +39,10 @@ class Solved:
 
 
 class Solver(Protocol):
-    """A frozen dataclass of plain settings; `dataclasses.asdict` of it is written into plans and results."""
+    """A frozen dataclass of plain settings; `dataclasses.asdict` of it is written into plans and results.
+
+    One that quantizes has `group_bits: GroupBits`, what it stores of each group, unless that is a scale of 16 bits and a whole zero.
+    """
 
     name: ClassVar[str]
     needs: ClassVar[Need]
@@ -84,6 +88,12 @@ def refusal(solver: Solver, treated: Treated) -> str | None:
     if quantize and quantize.symmetric and not getattr(solver, "every_grid", True):
         return f'solver "{solver.name}" moves the zero, which a symmetric grid fixes: take symmetric: false'
     return None
+
+
+def group_bits_of(solver: Solver) -> GroupBits:
+    """What this solver stores of each group of a layer that it quantizes."""
+    stored: GroupBits = getattr(solver, "group_bits", USUAL)
+    return stored
 
 
 def full(treated: Treated) -> Treatments:

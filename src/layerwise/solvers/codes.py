@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
-from ..treatments import zero_bits
+from ..treatments import GroupBits
 
 
 @dataclass(frozen=True)
@@ -79,4 +79,4 @@ def true_bits(bits: int, group: int, *, symmetric: bool = False, shift: bool = F
     group: weights that share a scale (all inputs of a row, where rows have one scale). A whole zero takes `bits` bits, a float shift as
     many as the scale, a symmetric grid none.
     """
-    return bits + (scale_bits + zero_bits(bits, symmetric=symmetric, shift=shift, wide=scale_bits)) / group
+    return bits + GroupBits(scale_bits, shift).of(bits, symmetric=symmetric) / group

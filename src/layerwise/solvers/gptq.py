@@ -23,11 +23,11 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..passes.statistics import InputStatistics, Need
-from ..plan import Prune, Treatments
+from ..plan import GroupBits, Prune, Treatments
 from .base import PRUNES, QUANTIZES, Solved, Treated, checked
 from .column_grids import ColumnGrids
 from .factor import Factor, FactorError, factorise
-from .grids import Grid, ScaleName, check_grid, scale_dtype_of
+from .grids import Grid, ScaleName, bits_of_group, check_grid, scale_dtype_of
 from .masking import calibrated, check_weights, keep_by_score, masked, why_blind
 from .round_to_nearest import check_groups, quantized, rounded
 from .sparsegpt import check_sweep, finished
@@ -56,6 +56,11 @@ class GPTQ:
     def __post_init__(self) -> None:
         check_sweep("GPTQ", self.damp, self.block)
         check_grid("GPTQ", "integer", self.scales)
+
+    @property
+    def group_bits(self) -> GroupBits:
+        """See `Solver`."""
+        return bits_of_group(self.scales)
 
     def solve(
         self,

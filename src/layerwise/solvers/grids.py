@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..treatments import GroupBits
 
 GridName = Literal["integer", "shift"]
 ScaleName = Literal["auto", "float16", "bfloat16", "float32"]
@@ -51,6 +52,11 @@ def check_grid(solver: str, grid: str, scales: str) -> None:
 def scale_dtype_of(scales: ScaleName) -> torch.dtype:
     """The dtype behind the word; auto without a model at hand is float16, which float32 holds exactly."""
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(scales, torch.float16)
+
+
+def bits_of_group(scales: ScaleName, *, shift: bool = False) -> GroupBits:
+    """What is stored of each group with scales of this word; auto has 16 bits whatever the model."""
+    return GroupBits(torch.finfo(scale_dtype_of(scales)).bits, shift)
 
 
 def fit(groups: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

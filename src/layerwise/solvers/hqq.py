@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..passes.statistics import InputStatistics, Need
+from ..plan import GroupBits
 from .base import QUANTIZES, Solved, Treated, checked
-from .grids import Grid, ScaleName, check_grid, fit, scale_dtype_of, shift_zero, steps_of
+from .grids import Grid, ScaleName, bits_of_group, check_grid, fit, scale_dtype_of, shift_zero, steps_of
 from .masking import check_weights
 from .round_to_nearest import coded, in_groups, quantized
 
@@ -47,6 +48,11 @@ class HQQ:
             raise ConfigError(f"HQQ.p={self.p}, beta={self.beta}: give 0 < p < 2 and beta above 0.")
         if self.rounds < 0:
             raise ConfigError(f"HQQ.rounds={self.rounds}: give how often zeros may move, 0 or more.")
+
+    @property
+    def group_bits(self) -> GroupBits:
+        """See `Solver`."""
+        return bits_of_group(self.scales, shift=True)
 
     def solve(
         self,

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from ..passes.statistics import InputStatistics, Need
-from ..plan import Quantize
+from ..plan import GroupBits, Quantize
 from .base import QUANTIZES, Solved, Treated, checked
 from .codes import Codes
-from .grids import Grid, GridName, ScaleName, check_grid, fit, scale_dtype_of, steps_of
+from .grids import Grid, GridName, ScaleName, bits_of_group, check_grid, fit, scale_dtype_of, steps_of
 from .masking import check_weights, output_error
 
 
@@ -34,6 +34,11 @@ class RoundToNearest:
 
     def __post_init__(self) -> None:
         check_grid("RoundToNearest", self.grid, self.scales)
+
+    @property
+    def group_bits(self) -> GroupBits:
+        """See `Solver`."""
+        return bits_of_group(self.scales, shift=self.grid == "shift")
 
     def solve(
         self,

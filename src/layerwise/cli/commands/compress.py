@@ -15,7 +15,7 @@ from ..narrowing import SOLVING, NarrowJob, reshapes
 from ..planning import make_plan, record_of, tried_of, with_facts, with_solver
 from ..running import bar_of, show_notes, work_folder
 from ..screen import Screen, table
-from ..settings import FACTORIZER, MethodChoice, device_of, propagate_of, solver_of, treatment_of, tuner_of
+from ..settings import FACTORIZER, MethodChoice, device_of, handed_in, propagate_of, solver_of, treatment_of, tuner_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -165,7 +165,7 @@ def compress(
         refuse(context, "since it goes with --reconstruct", "reconstruct_set")
     tuner = tuner_of(reconstruct, reconstruct_set or (), seed)
     more = {"target": for_} if for_ else {}  # of methods that plan for one
-    built = None if given is not None else asked.build(seed=seed, solver=chosen.name, **more)
+    built = None if given is not None else asked.build(seed=seed, **handed_in(chosen), **more)
     where = device_of(device)
     ranks = Ranks.join(where)
     check_output(output, force=force, needed=2 * choice.bytes)  # the finished blocks, and the folder made from them
@@ -187,7 +187,7 @@ def compress(
             if given is not None:
                 show_notes(given.notes, screen)
                 final = given if given.model is not None else with_facts(given, choice, structure)
-                final = with_solver(final, chosen)
+                final = with_solver(final, chosen).with_achieved(structure.layers)
             else:
                 made: dict[str, Any] = {}
                 # a search is for one process, and takes its time
