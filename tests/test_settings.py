@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import pytest
 
 from layerwise.errors import ConfigError
-from layerwise.settings import build, nearest
+from layerwise.settings import build, nearest, pairs, words_of
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,13 @@ def test_bad_requests_get_one_line(name, settings, message):
         build("tool", TOOLS, name, settings)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_not_at_its_default_in_words_and_back():
+    toaster = Toaster(heat=1e-5, side="one", defrost=True)
+    assert words_of(toaster) == "heat=1e-05,side=one,defrost=true"
+    assert build("tool", TOOLS, "toaster", pairs(words_of(toaster).split(","), "--set")) == toaster
+    assert words_of(Toaster()) == ""
 
 
 def test_what_is_given_stays_as_it_was():

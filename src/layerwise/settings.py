@@ -6,7 +6,7 @@ said here, in one line, for both. Values outside their range are the dataclass's
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
@@ -37,6 +37,30 @@ def build(what: str, table: Mapping[str, type[T]], name: object, settings: Mappi
     return made
 
 
+def pairs(words: Sequence[str], where: str) -> dict[str, Any]:
+    """["a=1", "b=true", "c=x"] -> {"a": 1, "b": True, "c": "x"}. Raises ConfigError for a word without "=" or a name given twice."""
+    found = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f'{where} "{word}": write NAME=VALUE.')
+        name = key.strip().replace("-", "_")
+        if name in found:
+            raise ConfigError(f"{where} {name}=: given twice. Give it once.")
+        found[name] = _value(value.strip())
+    return found
+
+
+def words_of(settings: Any) -> str:
+    """ "a=1,b=true": the fields of a settings dataclass that are not at their defaults, as `pairs` reads them."""
+    changed = {
+        one.name: value for one in dataclasses.fields(settings) if (value := getattr(settings, one.name)) != one.default
+    }
+    return ",".join(
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in changed.items()
+    )
+
+
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """' Did you mean "…"?' for the nearest of the known words, upper and lower case alike, or nothing."""
     by_lower = {one.lower(): one for one in known}
@@ -54,3 +78,14 @@ def _typed(where: str, value: Any, kind: Any) -> Any:
     if type(value) not in kinds:
         raise ConfigError(f"{where}={value!r}: give {next(_WORDS[one] for one in kinds if one in _WORDS)}.")
     return value
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -116,6 +116,20 @@ def test_a_plan_counted_for_another_solver_is_refused_or_told_as_it_is_stored(he
     assert result["bits"] > Plan.load(here / "plan.yaml").budget.achieved_bits
 
 
+def test_least_error_measures_with_the_solver_of_the_command_and_its_settings(here, same_process, capsys):
+    words = "--method least-error --bits 3.6 --levels 2,4 --set group=16 --solver round_to_nearest".split()
+    assert main(["compress", "model", *words, *CHOSEN, "--solver-set", "mse=true", "-o", "out", "-q"]) == 0
+    plan = Plan.load(here / "out" / "plan.yaml")
+    assert (plan.method["solver"], plan.method["solver_set"]) == ("round_to_nearest", "mse=true")
+    assert plan.solver["mse"]
+    again = "--method least-error --bits 3.6 --levels 2,4 --set group=16 --set solver_set=mse=true -q".split()
+    assert main(["plan", "model", *again, *CHOSEN, "-o", "again.yaml"]) == 0
+    assert Plan.load(here / "again.yaml").scores == plan.scores
+    capsys.readouterr()
+    assert main(["compress", "model", *words, *CHOSEN, "--set", "solver_set=mse=true", "-o", "twice"]) == 2
+    assert "--set solver_set=mse=true: the solver of this command is given by --solver" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

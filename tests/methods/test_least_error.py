@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import layerwise.solvers as solvers
+from layerwise.engine import compress
 from layerwise.errors import ConfigError, ModelError
-from layerwise.methods import LWQ, LeastError
+from layerwise.methods import LWQ, LeastError, method_from
 from layerwise.methods.handing_out import dealt
 from layerwise.methods.least_error import over_units
 from layerwise.methods.level_errors import divergences, output_errors
@@ -180,9 +181,51 @@ def test_a_plan_by_divergence_on_some_samples(llama):
     assert plan.scores["model.layers.1.mlp.down_proj"] > 0
 
 
+def test_errors_are_those_of_the_very_solver_that_is_named(llama):
+    model, data = llama
+    settings = {"bits": 4.6, "group": 16, "measure": "plain", "solver": "round_to_nearest"}
+    plain = LeastError(**settings)
+    searched = LeastError(**settings, solver_set="mse=true,scales=float32")
+    assert searched.applied == solvers.RoundToNearest(mse=True, scales="float32")
+    hand = dealt(searched, searched, model, None)
+    found, _ = searched.measured(model, data, hand)
+    assert found == output_errors(model, data, hand, searched.applied, "plain")[0]
+    assert found != plain.measured(model, data, dealt(plain, plain, model, None))[0]
+    plan = searched.plan(model, data)
+    assert plan.budget.scale_bits == 32  # counted, too
+    assert method_from(**plan.method) == searched
+
+
+@pytest.mark.parametrize("measure", ["plain", "divergence"])
+def test_scales_are_in_the_dtype_that_compress_would_take(llama, measure):
+    model, data = llama
+    half = copy.deepcopy(model).to(torch.bfloat16)
+
+    def errors(scales):
+        method = LeastError(bits=4.0, group=16, measure=measure, solver_set=f"scales={scales}")
+        return method.measured(half, data, dealt(method, method, half, None))[0]
+
+    assert errors("auto") == errors("bfloat16") != errors("float16")
+
+
+def test_what_the_solver_stores_is_counted(llama):
+    model, data = llama
+    plan = LeastError(bits=4.0, group=32, symmetric=False, measure="plain", solver="hqq", indivisible="row").plan(
+        model, data
+    )
+    assert plan.budget.shift
+    plan.check(structure_of(model).layers)
+    assert compress(copy.deepcopy(model), plan, solver=solvers.HQQ()).bits == pytest.approx(plan.budget.achieved_bits)
+    assert plan.budget.achieved_bits <= 4.0
+
+
 def test_an_unknown_solver_is_refused(llama):
     model, data = llama
     with pytest.raises(ConfigError, match='unknown solver "nearest"'):
         LeastError(**{**SMALL, "bits": 4.0, "solver": "nearest"}).plan(model, data)
+    with pytest.raises(ConfigError, match='solver rounding has no setting "mse"'):
+        LeastError(**SMALL, solver_set="mse=true")
+    with pytest.raises(ConfigError, match=r'LeastError.solver_set "mse": write NAME=VALUE'):
+        LeastError(solver_set="mse")
     with pytest.raises(ConfigError, match="gradient, divergence, relative, plain"):
         LeastError(measure="hessian")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError
-from ..settings import build
+from ..settings import build, pairs, words_of
 
 if TYPE_CHECKING:
     import torch
@@ -79,8 +79,10 @@ class MethodChoice:
                 )
             given |= {key: value for key, value in more.items() if key in known}
         settings = pairs(self.set, "--set")
-        if "solver" in settings and "solver" in more:
-            raise ConfigError(f"--set solver={settings['solver']}: the solver of this command is given by --solver.")
+        if odd := next((one for one in ("solver", "solver_set") if one in settings and one in more), None):
+            raise ConfigError(
+                f"--set {odd}={settings[odd]}: the solver of this command is given by --{odd.replace('_', '-')}."
+            )
         typed = {key: share[key] if key in share else getattr(self, key) for key in common}
         if twice := [key for key, value in typed.items() if key in settings and value is not None]:
             raise ConfigError(
@@ -176,7 +178,7 @@ def handed_in(solver: "Solver") -> dict[str, Any]:
     from ..solvers import group_bits_of
 
     scale, shift = group_bits_of(solver)
-    return {"solver": solver.name, "shift": shift, "scale_bits": scale}
+    return {"solver": solver.name, "solver_set": words_of(solver), "shift": shift, "scale_bits": scale}
 
 
 def tuner_of(asked: bool, settings: Sequence[str], seed: int) -> "Reconstruction | None":
@@ -187,20 +189,6 @@ def tuner_of(asked: bool, settings: Sequence[str], seed: int) -> "Reconstruction
 
     given = {"seed": seed, **pairs(settings, "--reconstruct-set")}
     return build("tuner", {"reconstruction": Reconstruction}, "reconstruction", given)
-
-
-def pairs(words: Sequence[str], option: str) -> dict[str, Any]:
-    """["a=1", "b=true", "c=x"] -> {"a": 1, "b": True, "c": "x"}. Raises ConfigError for a word without "=" or a name given twice."""
-    found = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f'{option} "{word}": write NAME=VALUE.')
-        name = key.strip().replace("-", "_")
-        if name in found:
-            raise ConfigError(f"{option} {name}=: given twice. Give it once.")
-        found[name] = _value(value.strip())
-    return found
 
 
 def device_of(name: str) -> "torch.device":
@@ -248,14 +236,3 @@ def convention_of(name: str) -> "Convention":
         if name == known:
             return known
     raise ConfigError(f'--convention "{name}": give standard, wanda or all.')
-
-
-def _value(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

@@ -1,7 +1,6 @@
 """Solving the layers of one block: those that share an input together, each written back in its own storage."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -11,7 +10,7 @@ from ..errors import LayerwiseError, SolveError
 from ..passes import InputStatistics, SharedInput
 from ..plan import Prune, Treatments
 from ..randomness import generator_for
-from ..solvers.base import Solved, Solver
+from ..solvers.base import Solved, Solver, for_dtype
 from ..solvers.codes import stacked
 from ..solvers.select import spread
 from ..structure import Layer, as_matrices, from_matrices, parameter_of
@@ -58,7 +57,7 @@ def solve_group(
         statistics = group.statistics() if solver.needs != "none" else [None] * first.matrices
         weights = [as_matrices(parameter_of(model, layer).detach(), layer).float() for layer in group.layers]
         shares = [_each_matrix(layer, ways[layer.name]) for layer in group.layers]
-        solver = _for_dtype(solver, parameter_of(model, first).dtype)
+        solver = for_dtype(solver, parameter_of(model, first).dtype)
         new = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
         solved: list[list[Solved]] = []
         sizes: list[list[float | None]] = []
@@ -118,17 +117,6 @@ def _each_matrix(layer: Layer, way: Treatments) -> list[Treatments]:
     if way.prune is None or way.prune.sparsity == 0:
         return [way] * layer.matrices
     return [way.model_copy(update={"prune": prune}) for prune in per_matrix(layer, way.prune)]
-
-
-def _for_dtype(solver: Solver, dtype: torch.dtype) -> Solver:
-    """The solver with what depends on the dtype decided. `scales="auto"`: a packed checkpoint of this dtype is loaded with its scales in
-    it, float16 is in float32. `storage="auto"`: that of the weight; float64 is stored in float32."""
-    if getattr(solver, "storage", None) == "auto":
-        word = str(dtype).removeprefix("torch.")
-        return replace(solver, storage="float32" if dtype == torch.float64 else word)  # type: ignore[type-var]
-    if getattr(solver, "scales", None) != "auto":
-        return solver
-    return replace(solver, scales="bfloat16" if dtype == torch.bfloat16 else "float16")  # type: ignore[type-var]
 
 
 def _store(parameter: Tensor, new: Tensor, layer: Layer) -> None:

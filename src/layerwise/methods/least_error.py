@@ -1,4 +1,4 @@
-"""Least error: bits chosen by what every layer loses at every level, measured with the solver that is named, at its defaults.
+"""Least error: bits chosen by what every layer loses at every level, measured with the solver that will be applied.
 
 Each layer is solved once at each level, alone; what that costs is measured (`level_errors`), and the levels of least summed error within
 the budget are found exactly (a multiple-choice knapsack). The order of a score says which layer comes before which; errors say how much
@@ -14,7 +14,8 @@ from torch import nn
 from ..allocate import Errors, hull_levels, least_error_levels
 from ..errors import ConfigError
 from ..plan import Plan
-from ..solvers import solver_from
+from ..settings import pairs
+from ..solvers import Solver, group_bits_of, solver_from
 from ..structure import Structure
 from ..tasks.batches import Batches
 from .base import needed
@@ -36,7 +37,8 @@ class LeastError(BitSettings):
     needs_data: ClassVar[bool] = True
 
     granularity: Unit = "layer"  # what shares one level
-    solver: str = "round_to_nearest"  # whose errors are measured; compress hands in its own
+    solver: str = "round_to_nearest"  # whose errors are measured; compress hands in its own, with its settings
+    solver_set: str = ""  # its settings, such as "damp=0.1,mse=true"; the others at their defaults
     # errors of outputs: weighed by the loss's gradient, as shares of the layer's outputs, plain; or divergence: of the
     # predictions, a forward pass for each layer and level, closer than the sum of output errors
     measure: Measure = "gradient"
@@ -50,19 +52,27 @@ class LeastError(BitSettings):
         self.check_words("rule", get_args(Rule))
         if self.samples < 1:
             raise ConfigError(f"LeastError.samples={self.samples}: give at least 1.")
+        stored = group_bits_of(self.applied)  # what is measured is what is stored, and counted
+        object.__setattr__(self, "shift", self.shift or stored.shift)
+        object.__setattr__(self, "scale_bits", max(self.scale_bits, stored.scale))
+
+    @property
+    def applied(self) -> Solver:
+        """The solver whose errors are measured. Raises ConfigError for a name or setting that is none."""
+        words = self.solver_set.split(",") if self.solver_set else ()
+        return solver_from({"name": self.solver, **pairs(words, "LeastError.solver_set")})
 
     def plan(self, model: nn.Module, data: Batches | None = None, *, structure: Structure | None = None) -> Plan:
-        """See `Method.plan`. Raises ConfigError for an unknown solver, ShapeError (groups), and what solver and measure raise."""
+        """See `Method.plan`. Raises ShapeError (groups), and what solver and measure raise."""
         hand = dealt(self, self, model, structure)
         errors, notes = self.measured(model, needed("LeastError", data), hand)
         return self.plan_by(model, hand, errors, notes)
 
     def measured(self, model: nn.Module, data: Batches, hand: Hand) -> tuple[LevelErrors, list[str]]:
         """Unit -> level -> error, and notes. Units that could not be measured are not in the result."""
-        solver = solver_from({"name": self.solver})
         if self.measure == "divergence":
-            return divergences(model, data, hand, solver, self.samples, self.seed)
-        found, notes = output_errors(model, data, hand, solver, self.measure, self.seed)
+            return divergences(model, data, hand, self.applied, self.samples, self.seed)
+        found, notes = output_errors(model, data, hand, self.applied, self.measure, self.seed)
         return over_units(hand, found), notes
 
     def plan_by(self, model: nn.Module, hand: Hand, errors: Errors, notes: Sequence[str] = ()) -> Plan:

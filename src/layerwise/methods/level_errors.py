@@ -18,7 +18,7 @@ from ..errors import LayerwiseError, ScoreError
 from ..passes import InputStatistics, Recording, Replays, check_whole, collect_dense
 from ..randomness import generator_for
 from ..scores import output_error, output_gradients, tell
-from ..solvers import Solver
+from ..solvers import Solver, for_dtype
 from ..structure import Layer, as_matrices, from_matrices, parameter_of
 from ..tasks import Yardstick, left_alone
 from ..tasks.batches import Batch, Batches, first_samples
@@ -118,8 +118,9 @@ def solved_layers(model: nn.Module, data: Batches, hand: Hand, solver: Solver, s
                 device = inputs.gram.device
                 stored = [as_matrices(parameter_of(model, layer).detach(), layer)[index] for layer in layers]
                 matrices = [matrix.float().to(device) for matrix in stored]
+                like_applied = for_dtype(solver, stored[0].dtype)
                 weights = {
-                    level: _solve(layers, index, matrices, inputs, hand, solver, level, seed)
+                    level: _solve(layers, index, matrices, inputs, hand, like_applied, level, seed)
                     for level in hand.settings.chosen_levels
                 }
                 yield _Solved(layers, index, inputs, matrices, weights)
@@ -194,6 +195,7 @@ def _new_weight(
     if solver.needs != "none":
         known = kept.get((layer.name, level))
         return weight if known is None else from_matrices(known, layer)
+    solver = for_dtype(solver, weight.dtype)
     solved = [
         _solve([layer], index, [matrix.float()], None, hand, solver, level, seed)[0]
         for index, matrix in enumerate(as_matrices(weight, layer))

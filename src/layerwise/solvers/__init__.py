@@ -5,7 +5,7 @@ from typing import Any
 
 from ..settings import build
 from .armor import ARMOR
-from .base import Solved, Solver, group_bits_of
+from .base import Solved, Solver, for_dtype, group_bits_of
 from .codes import Codes
 from .factors import Factors
 from .gptq import GPTQ
@@ -32,6 +32,7 @@ __all__ = [
     "Solver",
     "SparseGPT",
     "Wanda",
+    "for_dtype",
     "group_bits_of",
     "solver_from",
 ]

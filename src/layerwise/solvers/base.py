@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -94,6 +94,17 @@ def group_bits_of(solver: Solver) -> GroupBits:
     """What this solver stores of each group of a layer that it quantizes."""
     stored: GroupBits = getattr(solver, "group_bits", USUAL)
     return stored
+
+
+def for_dtype(solver: Solver, dtype: torch.dtype) -> Solver:
+    """The solver with what depends on the dtype decided. `scales="auto"`: a packed checkpoint of this dtype is loaded with its scales in
+    it, float16 is in float32. `storage="auto"`: that of the weight; float64 is stored in float32."""
+    if getattr(solver, "storage", None) == "auto":
+        word = str(dtype).removeprefix("torch.")
+        return replace(solver, storage="float32" if dtype == torch.float64 else word)  # type: ignore[type-var]
+    if getattr(solver, "scales", None) != "auto":
+        return solver
+    return replace(solver, scales="bfloat16" if dtype == torch.bfloat16 else "float16")  # type: ignore[type-var]
 
 
 def full(treated: Treated) -> Treatments:
