@@ -127,10 +127,34 @@ def test_layers_one_by_one_and_tied_for_vllm(llama):
 
 def test_experts_of_a_block_are_one_for_vllm():
     model = MODELS["mixtral"]()
-    plan = LWQ(bits=3.0, score="zd", granularity="layer", target="vllm", **SMALL).plan(model)
+    settings = {"score": "zd", "granularity": "layer", "target": "vllm", **SMALL}
+    plan = LWQ(bits=3.9, **settings).plan(model)
     for block in structure_of(model).blocks:
         bits = {plan.layers[layer.name].quantize.bits for layer in block.layers if layer.kind == "experts"}
-        assert len(bits) == 1
+        assert bits == {4}
+    with pytest.raises(ConfigError, match="vLLM runs experts in 4 and 8 bits"):
+        LWQ(bits=2.0, levels="2", **settings).plan(model)
+    with pytest.raises(ConfigError, match="vllm reads experts without zeros alone"):
+        LWQ(symmetric=False, **settings).plan(model)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_experts_of_a_model_are_one_for_transformers(granularity):
+    config = MODELS["mixtral"]().config
+    config.num_hidden_layers = 3
+    model = type(MODELS["mixtral"]())(config)
+    names = [layer.name for layer in structure_of(model) if layer.kind == "experts"]
+    settings = {"score": "front", "granularity": granularity, **SMALL}
+
+    def bits(**more):
+        plan = LWQ(**settings, **more).plan(model)
+        return {plan.layers[name].quantize.bits for name in names}, {e.quantize.bits for e in plan.layers.values()}
+
+    assert bits(bits=3.5)[0] == {2, 4}
+    assert bits(bits=3.5, target="transformers") == ({2}, {2, 4})
+    assert bits(bits=3.5, target="transformers", pin_ends=True) == ({2}, {4, 2})
+    with pytest.raises(ConfigError, match="transformers reads experts without zeros alone"):
+        bits(target="transformers", symmetric=False)
 
 
 def test_pinned_ends_keep_the_highest_level(llama):

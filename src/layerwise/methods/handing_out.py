@@ -14,10 +14,11 @@ from .assemble import found, named_plan
 from .base import Method
 
 Unit = Literal["block", "layer"]
-Target = Literal["transformers", "vllm"]
+Target = Literal["any", "transformers", "vllm"]
 Indivisible = Literal["smaller", "row", "error"]
 
 VLLM_LEVELS = (2, 4, 8)
+VLLM_EXPERT_LEVELS = (4, 8)
 LEAST_GROUP = 32  # smaller ones cost half a bit a weight and more, and no engine runs them
 
 
@@ -36,8 +37,9 @@ class BitSettings:
     shift: bool = False  # zeros are any numbers, as wide as a scale (HQQ, shift grids), not whole ones of as many bits as a weight
     scale_bits: int = 16
     nominal: bool = False  # the average is of the levels alone
-    # vllm: what it fuses (q, k, v; gate, up; all experts of a block) shares a level, of 2, 4 and 8
-    target: Target = "transformers"
+    # whose folders it is for. vllm: what it fuses (q, k, v; gate, up; all experts of a block) shares a level, of 2, 4 and 8, experts of
+    # 4 and 8. transformers: all experts of the model share one
+    target: Target = "any"
     # layers whose inputs the group does not divide: halve it for them down to 32, else one scale for each row; that at once; refuse
     indivisible: Indivisible = "smaller"
     pin_ends: bool = False  # the first and the last block of every stack stay at the highest level
@@ -140,7 +142,7 @@ def dealt(method: Method, settings: BitSettings, model: nn.Module, structure: St
             level: _treatment(settings, layer, level).stored_bits(
                 layer.size, layer.columns, nominal=settings.nominal, group_bits=settings.group_bits
             )
-            for level in settings.chosen_levels
+            for level in _levels(settings, layer)
         }
         for layer in layers
     }
@@ -149,7 +151,7 @@ def dealt(method: Method, settings: BitSettings, model: nn.Module, structure: St
     if settings.pin_ends:
         ends = {block.name for stack in structure.stacks for block in (stack.blocks[0], stack.blocks[-1])}
         for unit, inside in units.items():
-            if inside[0].block in ends:
+            if {layer.block for layer in inside} <= ends:
                 by_unit[unit] = {max(by_unit[unit]): by_unit[unit][max(by_unit[unit])]}
     sizes = {unit: sum(layer.size for layer in inside) for unit, inside in units.items()}
     check_levels(by_unit, sizes, settings.bits)
@@ -158,16 +160,36 @@ def dealt(method: Method, settings: BitSettings, model: nn.Module, structure: St
 
 def _units(structure: Structure, layers: Sequence[Layer], settings: BitSettings) -> dict[str, tuple[Layer, ...]]:
     """Name -> the layers that share one level, in the order of the structure. A unit has the name of its block, or of its first layer."""
-    fused = fused_of(layer.name for layer in layers) if settings.target == "vllm" else ()
+    # for transformers alone: tied beyond their blocks
+    experts = tuple(layer.name for layer in layers if layer.kind == "experts" and settings.target == "transformers")
+    fused = fused_of(layer.name for layer in layers) if settings.target == "vllm" else [experts]
     first_of = {name: members[0] for members in fused for name in members}
     tied: dict[str, list[Layer]] = {}
     for layer in layers:
-        if settings.granularity == "block" and layer.block is not None:
+        if settings.granularity == "block" and layer.block is not None and layer.name not in experts:
             tied.setdefault(layer.block, []).append(layer)
         else:
             tied.setdefault(first_of.get(layer.name, layer.name), []).append(layer)
     blocks = {block.name for block in structure.blocks}
     return {(key if key in blocks else inside[0].name): tuple(inside) for key, inside in tied.items()}
+
+
+def _levels(settings: BitSettings, layer: Layer) -> list[int]:
+    """The levels that a layer can get: of experts those that the engine runs. Raises ConfigError if it runs none."""
+    levels = settings.chosen_levels
+    if layer.kind != "experts" or settings.target == "any":
+        return levels
+    if not settings.symmetric:
+        raise ConfigError(
+            f"{settings.owner}.symmetric=false: {settings.target} reads experts without zeros alone. Take symmetric=true, or leave them"
+            " out (--exclude '*.experts*')."
+        )
+    if settings.target == "vllm" and not (levels := [level for level in levels if level in VLLM_EXPERT_LEVELS]):
+        raise ConfigError(
+            f'{settings.owner}.levels="{settings.levels}": vLLM runs experts in 4 and 8 bits. Give one of these, or leave experts out'
+            " (--exclude '*.experts*')."
+        )
+    return levels
 
 
 def _treatment(settings: BitSettings, layer: Layer, level: int) -> Quantize:
