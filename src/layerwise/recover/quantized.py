@@ -15,7 +15,7 @@ def refuse_quantized(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         layer = name.rpartition(".")[0].removesuffix(".base_layer")  # as an adapter renames it
         if parameter.requires_grad and (
-            layer in on_grid or (said and parameter.ndim > 1 and "adapter" not in _kind(model))
+            {name, layer} & on_grid or (said and parameter.ndim > 1 and "adapter" not in _kind(model))
         ):
             raise ModelError(
                 f'"{name}" is quantized: training would take it off its grid. Train an adapter beside it'
