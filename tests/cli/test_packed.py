@@ -56,15 +56,18 @@ def experts(here):
 def test_experts_that_an_engine_would_not_find_packed_are_refused_before_any_work(experts, capsys, monkeypatch, engine):
     monkeypatch.setattr(engine_room, "compress", None)
     options = ["-o", "out", "--solver", "round_to_nearest", "--for", engine]
+    # groups of 32 and of 64, as they divide the inputs
     assert main(["compress", "experts", *options, "--bits", "4"]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "experts" in line]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "layers (model.layers.0.mlp.experts" in line]
     assert f"{engine}: 4 layers (model.layers.0.mlp.experts.gate_up_proj, " in line
-    assert "--exclude '*.experts*'" in line
+    assert "have one scheme there, and these differ" in line
     layers = {"model.layers.0.mlp.experts.down_proj": Quantize(bits=4, group=None)}
     Plan(layers=layers).save("plan.yaml")
     assert main(["compress", "experts", *options, "--plan", "plan.yaml"]) == 2
-    assert f"{engine}: 1 layer (model.layers.0.mlp.experts.down_proj)" in capsys.readouterr().err
-    planning = "-o new.yaml --method lwq --bits 4.5 --data text.txt --samples 2 --length 32".split()
+    said = capsys.readouterr().err
+    assert f"{engine}: 1 layer (model.layers.0.mlp.experts.down_proj)" in said
+    assert "--exclude '*.experts*'" in said
+    planning = "-o new.yaml --method lwq --bits 6.6 --levels 4,8 --data text.txt --samples 2 --length 32".split()
     assert main(["plan", "experts", *planning, "--for", engine]) == 2
     assert f"{engine}: 4 layers" in capsys.readouterr().err
     assert [path.name for path in experts.iterdir() if path.name.startswith(("out", "new"))] == []
@@ -79,8 +82,18 @@ def test_without_its_experts_the_model_is_packed_for_the_engine(experts, capsys,
 
 
 @pytest.mark.usefixtures("same_process")
-def test_without_an_engine_named_experts_are_solved_and_saved_dense(experts, capsys):
-    options = "-o out --solver round_to_nearest --bits 4 --set group=32 --set symmetric=true".split()
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_experts_that_share_a_level_are_packed_for_the_engine(experts, capsys, engine):
+    options = "-o out --json --solver round_to_nearest --method lwq --bits 6.6 --levels 4,8 --set score=zd --set group=32".split()
+    assert main(["compress", "experts", *options, "--for", engine]) == 0, capsys.readouterr().err
+    by_bits = json.loads(capsys.readouterr().out)["saved"]["packed"]["by_bits"]
+    assert sum(by_bits.values()) == 8 + 24
+    assert set(by_bits) == {"4", "8"}
+
+
+@pytest.mark.usefixtures("same_process")
+def test_without_an_engine_named_unlike_experts_are_solved_and_saved_dense(experts, capsys):
+    options = "-o out --solver round_to_nearest --bits 4".split()
     assert main(["compress", "experts", *options]) == 0
     said = capsys.readouterr()
     assert "Else what is solved is saved dense." in said.out + said.err

@@ -73,8 +73,8 @@ For = Annotated[
     _option(
         HOW,
         "ENGINE",
-        "What will load the folder of a plan with bits: transformers, or [bold]vllm[/] (which runs 2, 4 and 8 bits, and q, k, v and gate,"
-        " up alike).  [dim]default: transformers[/]",
+        "What will load the folder of a plan with bits: transformers (which reads all experts of a model alike), or [bold]vllm[/] (which"
+        " runs 2, 4 and 8 bits, and q, k, v, gate, up and the experts of a block alike).  [dim]default: transformers[/]",
         "--for",
     ),
 ]

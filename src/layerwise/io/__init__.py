@@ -13,7 +13,7 @@ from .save import Saved, needed_bytes, save
 from .saved_report import SavedReport, saved_report
 from .stream import load_streamed
 from .streamed import save_whole_streamed
-from .targets import Target, check_plan, target_of
+from .targets import Target, check_plan, planned_schemes, target_of
 from .verify import Verified
 from .whole import check_output
 from .zeros import count_zeros
@@ -47,6 +47,7 @@ __all__ = [
     "need_compressed_tensors",
     "needed_bytes",
     "packed_codes",
+    "planned_schemes",
     "save",
     "save_cropped",
     "save_gguf",

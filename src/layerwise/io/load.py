@@ -15,6 +15,7 @@ from ..errors import ModelError
 from ..shrink import is_narrow, narrow
 from ..tasks.undisturbed import quiet
 from .armor_linear import factored as put_in_factors
+from .experts import in_the_model
 from .factored_read import FactoredFolder, factored_folder
 from .packed_read import PackedFolder, dtype_in, packed_folder
 from .places import Loader, architecture_of, loader_of, model_folder, read_config
@@ -51,7 +52,7 @@ def load(
     if packed is None:
         return _to(_build(folder, loader, wanted), device).eval()
     model = _build_unpacked(packed, loader, wanted)
-    model.layerwise_quantized = tuple(packed.schemes)  # type: ignore[assignment]  # see recover.quantized
+    model.layerwise_quantized = in_the_model(model, packed.schemes)  # type: ignore[assignment]  # see recover.quantized
     return _to(model, device).eval()
 
 

@@ -1,7 +1,7 @@
 """`quantization_config` of config.json: which layer has which scheme, in the words of compressed-tensors.
 
-Written with the exact names of layers, one group for each scheme. Read with all that compressed-tensors allows: exact names first, then
-regular expressions ("re:..."), then classes ("Linear").
+Written with the exact names of linears and a pattern for the experts of each block, one group for each scheme. Read with all that
+compressed-tensors allows: exact names first, then regular expressions ("re:..."), then classes ("Linear").
 """
 
 import re
@@ -17,14 +17,14 @@ GONE = ("sparse-bitmask", "sparse-24-bitmask", "marlin-24")
 LAYOUT = "0.20.0"  # the compressed-tensors whose layout we write: since 0.18 codes of 3, 5, 6 and 7 bits cross words
 
 
-def config_of(schemes: Mapping[str, Scheme], linears: Iterable[str], ignored: Iterable[str] = ()) -> dict[str, Any]:
-    """The entry for these layers. linears: every linear of the model; those without a scheme are named in `ignore`.
+def config_of(targets: Mapping[str, Scheme], linears: Iterable[str], ignored: Iterable[str] = ()) -> dict[str, Any]:
+    """The entry for these targets, names or patterns. linears: every linear of the model; those without a scheme are named in `ignore`.
 
     ignored: patterns that go there, too, but for one that takes a layer with a scheme: it would be left without its weight.
     """
-    safe = (pattern for pattern in ignored if not any(re.match(pattern.removeprefix("re:"), name) for name in schemes))
+    safe = (pattern for pattern in ignored if not any(re.match(pattern.removeprefix("re:"), name) for name in targets))
     groups: dict[Scheme, list[str]] = {}
-    for name, scheme in schemes.items():
+    for name, scheme in targets.items():
         groups.setdefault(scheme, []).append(name)
     return {
         "quant_method": METHOD,
@@ -41,7 +41,7 @@ def config_of(schemes: Mapping[str, Scheme], linears: Iterable[str], ignored: It
             }
             for index, (scheme, names) in enumerate(groups.items())
         },
-        "ignore": [*(name for name in linears if name not in schemes), *safe],
+        "ignore": [*(name for name in linears if name not in targets), *safe],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }

@@ -20,7 +20,7 @@ from ..solvers.codes import Codes
 from ..solvers.factors import Factors
 from . import verify as checks
 from .card import as_stored, card, plain, record
-from .experts import ONE_BY_ONE, unlike_in
+from .experts import BY_BLOCK, ONE_BY_ONE, unlike_in
 from .factored_read import ENTRY, RECORD
 from .factored_write import AllFactors, factor_folder, in_factors
 from .kv_cache import PLAN, cache_words
@@ -121,7 +121,9 @@ def save(
             entry, more = factor_folder(partial, every)
             notes, loader = (*notes, *more), loader and (BY_LAYERWISE if entry else loader)
         if packing is not None:
-            if packing.codes and unlike_in(model, partial):
+            if packing.experts_by_block:
+                notes, loader = (*notes, BY_BLOCK), loader and BY_LAYERWISE
+            elif packing.codes and not packing.parts and unlike_in(model, partial):
                 if target == "transformers":
                     write_own_names(model, partial)
                 else:

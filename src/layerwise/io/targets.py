@@ -3,7 +3,9 @@
 vLLM fuses q, k and v, gate and up, and the experts of a block. Its matching of fused layers takes the scheme of the first one for all, so
 that different bits fail while weights load, and it raises where only some are quantised. Read in its sources of 2026, not run here: 4 and
 8 bits go to Marlin (groups of 32, 64, 128 or whole rows; zeros with 4 bits alone), other bits to Humming; its compressed-tensors is 0.17,
-which packs 3, 5, 6 and 7 bits otherwise than 0.18 and later.
+which packs 3, 5, 6 and 7 bits otherwise than 0.18 and later. Its kernels for experts have 4 and 8 bits without zeros.
+
+transformers 5.23 takes the scheme of the first group whose pattern names experts for all experts of a model, and no zeros of them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +19,7 @@ from .pack_quantized import Scheme
 Target = Literal["transformers", "vllm"]
 VLLM_BITS = (2, 4, 8)
 VLLM_GROUPS = (None, 32, 64, 128)
+VLLM_EXPERT_BITS = (4, 8)
 
 
 def target_of(name: str) -> Target:
@@ -29,9 +32,13 @@ def target_of(name: str) -> Target:
 
 def check_plan(plan: Plan, linears: Iterable[str], target: Target) -> None:
     """Raise PlanError listing every way in which the target cannot run this plan. linears: names of every linear of the model."""
+    check_schemes(planned_schemes(plan), linears, target)
+
+
+def planned_schemes(plan: Plan) -> dict[str, Scheme]:
+    """Layer -> scheme, of the layers that the plan gives bits."""
     planned = {name: one.quantize for name, one in plan.layers.items() if one.quantize}
-    schemes = {name: Scheme(one.bits, one.group, one.symmetric) for name, one in planned.items()}
-    check_schemes(schemes, linears, target)
+    return {name: Scheme(one.bits, one.group, one.symmetric) for name, one in planned.items()}
 
 
 def check_schemes(schemes: Mapping[str, Scheme], linears: Iterable[str], target: Target) -> None:
@@ -52,11 +59,37 @@ def vllm_problems(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> list
         for name in group:
             kinds.setdefault(schemes.get(name), []).append(name)
         if len(kinds) > 1:
-            have = "; ".join(
-                f"{_first(names)} {scheme.words() if scheme else 'not quantised'}" for scheme, names in kinds.items()
+            problems.append(
+                f"vllm: it runs {_some(group)} as one, and they differ ({_have(kinds)}). Give them one treatment."
             )
-            problems.append(f"vllm: it runs {_some(group)} as one, and they differ ({have}). Give them one treatment.")
     return problems
+
+
+def unlike_experts(schemes: Mapping[str, Scheme], target: Target) -> str | None:
+    """Why the target cannot read packed experts of these schemes, and what to do; None if it can. schemes: by the experts' parameters."""
+    if any(not scheme.symmetric for scheme in schemes.values()):
+        return "experts are read without zeros alone. Take symmetric: true."
+    bits = sorted({scheme.bits for scheme in schemes.values()} - {*VLLM_EXPERT_BITS})
+    if target == "vllm" and bits:
+        return f"its kernels for experts have 4 and 8 bits, not {bits[0]}. Take one of these."
+    whole = "a block" if target == "vllm" else "a model"
+    together: dict[str, dict[Scheme | None, list[str]]] = {}
+    for name, scheme in schemes.items():
+        owner = name.rpartition(".")[0] if target == "vllm" else ""
+        together.setdefault(owner, {}).setdefault(scheme, []).append(name)
+    for kinds in together.values():
+        if len(kinds) > 1:
+            return (
+                f"all experts of {whole} have one scheme there, and these differ ({_have(kinds)}). Give them one, as methods that hand"
+                " out bits do with --for."
+            )
+    return None
+
+
+def _have(kinds: Mapping[Scheme | None, list[str]]) -> str:
+    return "; ".join(
+        f"{_first(names)} {scheme.words() if scheme else 'not quantised'}" for scheme, names in kinds.items()
+    )
 
 
 def _no_kernel(scheme: Scheme) -> str | None:

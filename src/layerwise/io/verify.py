@@ -89,7 +89,9 @@ def verify(
     own, loaded = reload.digests(model), dict(answer["digests"])
     if packing is not None:
         for layer in packing.codes:
-            own[f"{layer}.weight"] = reload.digest_of(packing.weight(layer))  # the model may have -0.0, codes cannot
+            name = layer if layer in packing.parts else f"{layer}.weight"
+            stored = packing.weight(layer).reshape(model.get_parameter(name).shape)
+            own[name] = reload.digest_of(stored)  # the model may have -0.0, codes cannot
             for part in PARTS:  # what the library keeps beside the weight
                 loaded.pop(f"{layer}.{part}", None)
     _compare_tensors(own, loaded, str(folder))

@@ -73,6 +73,11 @@ def stacked(codes: list[Codes]) -> Codes:
     )
 
 
+def rows_of(codes: Codes, rows: slice) -> Codes:
+    """The codes of some rows, sharing memory: the inverse of `stacked`."""
+    return replace(codes, values=codes.values[rows], scale=codes.scale[rows], zero=codes.zero[rows])
+
+
 def true_bits(bits: int, group: int, *, symmetric: bool = False, shift: bool = False, scale_bits: int = 16) -> float:
     """Bits per weight with scale and zero counted: 4 bits in symmetric groups of 128 are 4.125.
 

@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from ...plan import Plan
     from ...recover import Reconstruction
     from ...solvers import Solver
-    from ...structure import Structure
     from ...tasks import Batches
-    from ..settings import Treatment
 
 
 def compress(
@@ -99,6 +97,7 @@ def compress(
         left_dense,
         linears_of,
         need_compressed_tensors,
+        planned_schemes,
         target_of,
     )
     from ...methods import Auto, KVTuner
@@ -177,12 +176,8 @@ def compress(
         loaded = choice.load(screen, stream=stream, device=where if spill is None else None)
         with spilling(loaded, spill):
             structure = choice.structure(loaded)
-            quantized = _with_bits(given, treatment, structure)
-            if for_:
-                check_experts(loaded, quantized, target)
-            else:
-                notes = left_dense(loaded, quantized, target)
-                show_notes(tuple(f"{note} Else what is solved is saved dense." for note in notes), screen)
+            if for_ and given is None and treatment == "quantize":
+                check_experts(loaded, dict.fromkeys(layer.name for layer in structure.layers), target)
             search = None
             if given is not None:
                 show_notes(given.notes, screen)
@@ -197,6 +192,11 @@ def compress(
                     made = own.to_dict()
                 final = Plan.model_validate(ranks.share_object(made, 0))  # the last bit of a score may differ
             check_plan(final, linears_of(loaded), target)
+            if for_:
+                check_experts(loaded, planned_schemes(final), target)
+            else:
+                notes = left_dense(loaded, planned_schemes(final), target)
+                show_notes(tuple(f"{note} Else what is solved is saved dense." for note in notes), screen)
             if not stream and any(one.quantize for one in final.layers.values()):
                 need_compressed_tensors()  # now, not after the work
             job = _Job(choice, loaded, final, chosen, drawn, settings, held, stream, target, dense, tuner)
@@ -205,13 +205,6 @@ def compress(
     if saved is not None:
         record_of(output).unlink(missing_ok=True)
         _show(job, result, saved, search, screen)
-
-
-def _with_bits(given: "Plan | None", treatment: "Treatment", structure: "Structure") -> list[str]:
-    """The layers that get bits; where a method has yet to plan, all that it may choose."""
-    if given is not None:
-        return [name for name, one in given.layers.items() if one.quantize]
-    return [layer.name for layer in structure.layers] if treatment == "quantize" else []
 
 
 def _reads_data(context: typer.Context, solver: "Solver", method: Any, tuner: object) -> bool:

@@ -72,7 +72,7 @@ def plan(
     [dim]Of training:[/]  layerwise plan demo --method owlore --set blocks=2 -o train.yaml
     [dim]After edits by hand:[/]  layerwise plan demo --edit plan.yaml --rebalance --keep '*.down_proj' -o plan2.yaml
     """
-    from ...io import check_experts, target_of
+    from ...io import check_experts, planned_schemes, target_of
 
     screen = Screen(json=json, quiet=quiet)
     if output is not None and output.suffix.lower() not in (".yaml", ".yml", ".json"):
@@ -110,9 +110,11 @@ def plan(
         loaded = choice.load(screen, device=where)
         structure = choice.structure(loaded)
         if for_ and chosen.treatment == "quantize":
-            check_experts(loaded, [layer.name for layer in structure.layers], target_of(for_))
+            check_experts(loaded, dict.fromkeys(layer.name for layer in structure.layers), target_of(for_))
         record = None if output is None else record_of(output)
         made, search = make_plan(built, choice, loaded, structure, drawn, screen, record=record, storage=storage)
+        if for_:
+            check_experts(loaded, planned_schemes(made), target_of(for_))
     if output is not None:
         made.save(output, force=force)
         record_of(output).unlink(missing_ok=True)
