@@ -38,9 +38,8 @@ def test_a_plan_of_bits_is_carried_out_by_gptq_and_the_table_says_true_bits(here
     assert main(["compress", "model", *CHOSEN, "--plan", "plan.yaml", "-o", "out"]) == 0
     out, _ = capsys.readouterr()
     # scale and zero: 19 bits to 3-bit groups of 16, 20 to 4-bit ones; both blocks have the same size
-    assert "14 layers to 4.719 bits per weight with scales and zeros, 3.500 without; the whole model" in out.replace(
-        "\n", " "
-    )
+    said = "14 layers to 4.719 bits per weight with scales and zeros, 3.500 without (stored in 5.533, see below); the whole model"
+    assert said in out.replace("\n", " ")  # transformers reads no zeros: the grids are widened
     assert "pruned" not in out
     assert "gptq" in out
     before, after = (lw.load(here / name).state_dict() for name in ("model", "out"))
