@@ -16,7 +16,7 @@ from layerwise.tasks.batches import Batches
 from models import MODELS, inputs_for
 
 pytest.importorskip("accelerate")
-METHOD = AdaptPruner(parameters=0.7, step=0.05, amplitude=0.02)
+METHOD = AdaptPruner(parameters=0.7, step=0.05, amplitude=0.02, attention=1.0)
 
 
 def batches(model, count, first=0):

@@ -91,3 +91,49 @@ def test_the_reference_takes_whole_steps():
         < applied.after
         <= 0.75 * total
     )
+
+
+def heads_left(plan):
+    """Block -> key/value heads, of blocks that lose some."""
+    return {
+        name: entry.resize.kv_heads for name, entry in plan.layers.items() if entry.resize and entry.resize.kv_heads
+    }
+
+
+def test_attention_of_few_heads_goes_last():
+    """Two key/value heads a block: each is half of its attention. Channels meet the budget alone, unless heads are asked for."""
+    model = MODELS["llama"]()
+    total, data = sum(one.numel() for one in model.parameters()), data_for(model)
+    plan = AdaptPruner(parameters=0.7, step=0.05).plan(model, data)
+    assert not heads_left(plan)
+    assert any("attention=1 cuts it alike" in note for note in plan.notes)
+    assert 0.68 * total < apply(MODELS["llama"](), plan).after <= 0.7 * total
+    alike = AdaptPruner(parameters=0.7, step=0.05, attention=1.0).plan(model, data)
+    assert heads_left(alike)
+    assert not any("Attention goes last" in note for note in alike.notes)
+
+
+def test_attention_goes_once_nothing_else_is_left():
+    model = MODELS["llama"]()
+    groups = coupled_groups(model).groups
+    total = sum(one.numel() for one in model.parameters())
+    without = total - sum(numbers_of(model, one) * (one.units - 1) for one in groups if one.kind == "channels")
+    plan = AdaptPruner(parameters=without - 1, step=0.2, attention=0.0).plan(model, data_for(model))
+    assert heads_left(plan)
+    assert apply(MODELS["llama"](), plan).after < without
+
+
+def test_attention_of_many_heads_is_cut_alike_or_less_as_asked():
+    model = MODELS["opt"]()
+    data = Batches((inputs_for("opt", model),), {})
+    plans = [
+        AdaptPruner(parameters=0.7, step=0.05, attention=share).plan(model, data) for share in (None, 1.0, 0.4, 0.0)
+    ]
+    cut = [sum(4 - heads for heads in heads_left(plan).values()) for plan in plans]
+    assert cut[0] == cut[1] > cut[2] > cut[3] == 0
+
+
+@pytest.mark.parametrize("attention", [-0.1, 1.5])
+def test_attention_is_a_share(attention):
+    with pytest.raises(ConfigError, match="give a share, 0 to 1"):
+        AdaptPruner(attention=attention)

@@ -6,7 +6,8 @@ step, the first-order Taylor score which units go. Needs text and gradients. Dep
 to the key head that they are cut with, products and cosines are in float32, blocks that are all alike lose evenly, and so do those that
 are left when the others have nothing more to lose (there the schedule stands still for ever), the last step goes only as far as the
 target asks, single channels come back where they fit, and shares of heads are added up over the blocks before they are rounded, so that
-attention loses its part. `reference` follows the code instead, in the credit, the last step and the heads.
+attention loses its part (but where a head is more than a quarter of it: see `attention`). `reference` follows the code instead, in the
+credit, the last step and the heads.
 """
 
 import copy
@@ -31,6 +32,7 @@ from .base import needed
 from .widths import Widths, check_share, widths_plan
 
 _FINEST = 40  # halvings of the last step
+_FEW = 4  # key/value heads of a block; with fewer each is so much of its attention that channels are cheaper (docs/measured.md: SmolLM2)
 _STALLED = 0.1  # of a step: so little on average says that what moves has nothing left (at amplitude = step one block never moves)
 
 
@@ -50,6 +52,8 @@ class AdaptPruner:
     batches: int | None = (
         None  # that a step looks at, the next ones each step, as the scripts draw anew. None: all, every step
     )
+    # what heads lose for the share that channels do; 0: none while channels are left. None: 1, but 0 in blocks of fewer than four key heads
+    attention: float | None = None
     scale: str = "largest"  # of importances: by the largest distance from the mean, or by rank
     reference: bool = False  # the official credit of query heads and whole last step
     min_heads: int = 1
@@ -66,6 +70,8 @@ class AdaptPruner:
             )
         if self.batches is not None and self.batches < 1:
             raise ConfigError(f"AdaptPruner.batches={self.batches}: give the batches that a step looks at, at least 1.")
+        if self.attention is not None and not 0 <= self.attention <= 1:
+            raise ConfigError(f"AdaptPruner.attention={self.attention:g}: give a share, 0 to 1.")
         if self.scale not in ("largest", "rank"):
             raise ConfigError(f'AdaptPruner.scale="{self.scale}": give largest or rank.')
 
@@ -109,8 +115,15 @@ class AdaptPruner:
                 name: [units[place] for place in found.get(name, range(len(units)))] for name, units in kept.items()
             }
             steps += 1
-        note = f"{steps} steps of {self.step:g} on average."
-        return widths_plan(self, widths, kept, importances, [note])
+        notes = [f"{steps} steps of {self.step:g} on average."]
+        heads = [schedule.starts[group.name] for group in widths.groups if group.kind == "heads"]
+        if any(units > self.min_heads and self._of_heads(units) == 0 for units in heads):
+            notes.append(
+                f"Attention goes last where it has fewer than {_FEW} key/value heads a block; attention=1 cuts it alike."
+                if self.attention is None
+                else "Attention goes last, as asked."
+            )
+        return widths_plan(self, widths, kept, importances, notes)
 
     def _next(self, pruned: nn.Module, data: Batches, schedule: "Schedule") -> Batches:
         """What a step looks at: after the last batch comes the first again. Raises DataError where that does not come to a block that the
@@ -192,9 +205,15 @@ class AdaptPruner:
         if not self.reference:
             heads = {group.name: group for group in widths.groups if group.kind == "heads"}
             starts = {name: sizes[name] for name in heads}
-            shares = {name: sparsities[group.block] for name, group in heads.items()}
+            shares = {name: self._of_heads(sizes[name]) * sparsities[group.block] for name, group in heads.items()}
             wanted |= heads_shared(starts, shares, {name: len(kept[name]) for name in heads})
         return {name: min(len(kept[name]), widths.sized[name].allowed(units)) for name, units in wanted.items()}
+
+    def _of_heads(self, units: int) -> float:
+        """What a block that began with so many key/value heads loses of them for the share that its channels lose."""
+        if self.reference:
+            return 1.0
+        return float(units >= _FEW) if self.attention is None else self.attention
 
 
 @dataclass
