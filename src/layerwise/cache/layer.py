@@ -33,6 +33,7 @@ class QuantizedKVLayer(DynamicLayer):  # type: ignore[misc]
         return sum(side.elements for side in self.sides or ())
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take sizes, dtype and device from the first states, (batch, heads, tokens, channels). Raises ShapeError (groups)."""
         keys, values = key_states.shape[-1], value_states.shape[-1]
         self.scheme.check(self.pair, keys, values, f"layer {self.index}: ")
         self.dtype, self.device = key_states.dtype, key_states.device

@@ -14,12 +14,11 @@ from typing import Literal, get_args
 from ..errors import ConfigError, PlanError
 from ..plan import Plan
 from ..structure import fused_of
+from ..structure.fused import VLLM_BITS, VLLM_EXPERT_BITS
 from .pack_quantized import Scheme
 
 Target = Literal["transformers", "vllm"]
-VLLM_BITS = (2, 4, 8)
 VLLM_GROUPS = (None, 32, 64, 128)
-VLLM_EXPERT_BITS = (4, 8)
 
 
 def target_of(name: str) -> Target:

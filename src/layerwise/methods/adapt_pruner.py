@@ -32,7 +32,7 @@ from .base import needed
 from .widths import Widths, check_share, widths_plan
 
 _FINEST = 40  # halvings of the last step
-_FEW = 4  # key/value heads of a block; with fewer each is so much of its attention that channels are cheaper (docs/measured.md: SmolLM2)
+_FEW = 4  # key/value heads of a block; with fewer channels go first. A rule of ours, from one model with three (docs/measured.md: SmolLM2)
 _STALLED = 0.1  # of a step: so little on average says that what moves has nothing left (at amplitude = step one block never moves)
 
 

@@ -10,6 +10,7 @@ from ..allocate import Costs, check_levels, merged
 from ..errors import ConfigError, ModelError, ShapeError
 from ..plan import Budget, GroupBits, Plan, Quantize
 from ..structure import Layer, Structure, fused_of
+from ..structure.fused import VLLM_BITS, VLLM_EXPERT_BITS
 from .assemble import found, named_plan
 from .base import Method
 
@@ -17,8 +18,6 @@ Unit = Literal["block", "layer"]
 Target = Literal["any", "transformers", "vllm"]
 Indivisible = Literal["smaller", "row", "error"]
 
-VLLM_LEVELS = (2, 4, 8)
-VLLM_EXPERT_LEVELS = (4, 8)
 LEAST_GROUP = 32  # smaller ones cost half a bit a weight and more, and no engine runs them
 
 
@@ -60,7 +59,7 @@ class BitSettings:
         if self.scale_bits < 1:
             raise ConfigError(f"{self.owner}.scale_bits={self.scale_bits}: give the bits of a scale, 16 or 32.")
         chosen = self.chosen_levels
-        if self.target == "vllm" and (odd := [level for level in chosen if level not in VLLM_LEVELS]):
+        if self.target == "vllm" and (odd := [level for level in chosen if level not in VLLM_BITS]):
             raise ConfigError(
                 f'{self.owner}.levels="{self.levels}": vLLM runs 2, 4 and 8 bits, not {odd[0]}. Give levels=2,4,8 or some of them.'
             )
@@ -184,7 +183,7 @@ def _levels(settings: BitSettings, layer: Layer) -> list[int]:
             f"{settings.owner}.symmetric=false: {settings.target} reads experts without zeros alone. Take symmetric=true, or leave them"
             " out (--exclude '*.experts*')."
         )
-    if settings.target == "vllm" and not (levels := [level for level in levels if level in VLLM_EXPERT_LEVELS]):
+    if settings.target == "vllm" and not (levels := [level for level in levels if level in VLLM_EXPERT_BITS]):
         raise ConfigError(
             f'{settings.owner}.levels="{settings.levels}": vLLM runs experts in 4 and 8 bits. Give one of these, or leave experts out'
             " (--exclude '*.experts*')."

@@ -13,6 +13,9 @@ _TOGETHER = (
 )
 _PLACE = {name: index for index, names in enumerate(_TOGETHER) for name in names}
 
+VLLM_BITS = (2, 4, 8)  # that it runs, and of experts; why is in `io.targets`
+VLLM_EXPERT_BITS = (4, 8)
+
 
 def fused_of(names: Iterable[str]) -> list[tuple[str, ...]]:
     """The names of layers that go together, two or more in a group, in the order given; a layer that goes with no other is in none."""
